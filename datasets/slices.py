@@ -1,0 +1,112 @@
+"""Folders of HU `.npy` slices: finding, checking, splitting by patient."""
+
+import csv
+import hashlib
+import re
+import sys
+from pathlib import Path
+
+import numpy as np
+
+from utils.units import HU_RANGE
+
+
+def patient_of(name: str) -> str:
+    """Patient of a slice file: up to the first `_` for AAPM names (L067_...), else the name without its `_number`."""
+    stem = Path(name).stem
+    if re.match(r"L\d{3}_", stem):
+        return stem.split("_", 1)[0]
+    return re.sub(r"_\d+$", "", stem)
+
+
+def patients_of(files: list[Path]) -> list[str]:
+    """Patient of each file: from `manifest.csv` (columns file, patient) in its folder where listed, else from its name."""
+    manifests = {}
+    for folder in {f.parent for f in files}:
+        if (folder / "manifest.csv").is_file():
+            with open(folder / "manifest.csv", newline="") as file:
+                manifests.update({folder / row["file"]: row["patient"] for row in csv.DictReader(file)})
+    return [manifests.get(f) or patient_of(f.name) for f in files]
+
+
+def find_slices(data: str | Path, split: str) -> list[Path]:
+    """Sorted `.npy` files of DATA/`split`_img, or of DATA itself where it has no such folders.
+
+    Raises SystemExit with a sentence where there are none.
+    """
+    data = Path(data)
+    if not data.is_dir():
+        sys.exit(f"The data folder {data} does not exist; expected {split}_img/ or .npy slices in it.")
+    folder = data / f"{split}_img"
+    if not folder.is_dir():
+        if any((data / f"{other}_img").is_dir() for other in ("train", "val", "test")):
+            sys.exit(f"{data} has no {split}_img/ folder beside its other splits; add it, or point --data at a folder "
+                     "of .npy slices.")
+        folder = data
+    files = sorted(f for f in folder.glob("*.npy") if not f.name.startswith("."))
+    if not files:
+        sys.exit(f"{folder} holds no .npy slices; expected HU arrays of one slice each.")
+    return files
+
+
+def read_slice(path: Path, multiple: int = 1) -> np.ndarray:
+    """One square HU slice, float32 (H, H), clipped to [-1024, 3071]. Raises ValueError with a sentence for a bad file."""
+    try:
+        hu = np.load(path, allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        raise ValueError(f"{path.name} cannot be read as a .npy array ({error})") from None
+    if hu.ndim != 2 or hu.shape[0] != hu.shape[1]:
+        raise ValueError(f"{path.name} has shape {hu.shape}; expected one square slice")
+    if hu.dtype.kind not in "iuf":
+        raise ValueError(f"{path.name} holds {hu.dtype}; expected HU as integers or floats")
+    if hu.shape[0] % multiple:
+        raise ValueError(f"{path.name} is {hu.shape[0]} pixels wide; the network takes sizes divisible by {multiple}")
+    if not np.isfinite(hu).all():
+        raise ValueError(f"{path.name} holds NaN or infinity; expected finite HU")
+    return hu.astype(np.float32).clip(*HU_RANGE)
+
+
+def read_slices(files: list[Path], multiple: int = 1, strict: bool = False) -> tuple[list[Path], np.ndarray]:
+    """Read all good slices of one size: (files kept, HU (N, H, H) float32).
+
+    A bad slice, or one of another size than the first, is named, skipped and counted; with `strict`, or when none is
+    left, the program stops with a sentence.
+    """
+    kept, slices = [], []
+    for path in files:
+        try:
+            hu = read_slice(path, multiple)
+            if slices and hu.shape != slices[0].shape:
+                raise ValueError(f"{path.name} is {hu.shape[0]} pixels wide, the slices before it {len(slices[0])}")
+        except ValueError as error:
+            if strict:
+                sys.exit(f"{error} (--strict stops at the first bad slice).")
+            print(f"Skipped: {error}.", file=sys.stderr)
+            continue
+        kept.append(path)
+        slices.append(hu)
+    if not kept:
+        sys.exit(f"None of the {len(files)} slices in {files[0].parent} can be used; the reasons are above.")
+    if len(kept) < len(files):
+        print(f"Skipped {len(files) - len(kept)} of {len(files)} slices.", file=sys.stderr)
+    return kept, np.stack(slices)
+
+
+def split_by_patient(files: list[Path], fraction: float, seed: int = 0) -> tuple[list[Path], list[Path]]:
+    """(training, validation) files; about `fraction` of the patients validate, at least one, never all."""
+    owners = patients_of(files)
+    patients = sorted(set(owners))
+    if len(patients) < 2:
+        sys.exit(f"All slices belong to one patient ({patients[0]}); splitting by patient needs two or more, or "
+                 "train_img/ and val_img/ folders.")
+    count = min(max(1, round(fraction * len(patients))), len(patients) - 1)
+    held_out = set(np.random.default_rng(seed).permutation(patients)[:count])
+    return ([f for f, p in zip(files, owners, strict=True) if p not in held_out],
+            [f for f, p in zip(files, owners, strict=True) if p in held_out])
+
+
+def fingerprint(files: list[Path], slices: np.ndarray) -> str:
+    """Hash of names and contents, to notice data that changed between two runs."""
+    digest = hashlib.sha256("\n".join(f.name for f in files).encode())
+    digest.update(np.ascontiguousarray(slices))
+    return digest.hexdigest()[:16]

@@ -1,0 +1,1 @@
+"""The network and the mathematics of generalized diffusion."""

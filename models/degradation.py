@@ -1,0 +1,94 @@
+"""The degradation D(x, n): FBP over n views of the fan-beam projection over the same views (degradation.md section 5)."""
+
+import math
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+import torch
+from torch_radon import RadonFanbeam
+
+LEVELS = (288, 234, 180, 126, 72, 54, 36, 18)  # n_t, t = 0..7
+FULL_VIEWS = 720
+
+
+def level_of(n_views: int) -> int:
+    """Published level t nearest to a number of views, in log views."""
+    return min(range(len(LEVELS)), key=lambda t: abs(math.log(n_views / LEVELS[t])))
+
+
+def levels_for(n_views: int) -> tuple[int, ...]:
+    """The levels of a chain that starts from a measurement: published ones denser than it, then the measurement."""
+    return tuple(n for n in LEVELS if n > n_views) + (n_views,)
+
+
+@lru_cache(maxsize=64)
+def projector(size: int, angles: tuple[float, ...]) -> RadonFanbeam:
+    """CvG-Diff's scanner at `size` pixels with the field of view of 256: S = D = 1075 f, 672 f bins, f = size/256."""
+    f = size / 256
+    bins = 2 * math.ceil(672 * f / 2)
+    return RadonFanbeam(size, angles, 1075 * f, 1075 * f, bins, 2.0)
+
+
+@lru_cache(maxsize=64)
+def equal_angles(n_views: int, start: float = 0.0) -> tuple[float, ...]:
+    """start + 2 pi a/n, a = 0..n-1, radians."""
+    return tuple(start + 2 * np.pi * np.arange(n_views) / n_views)
+
+
+@lru_cache(maxsize=256)
+def _shift_views(n_t: int, n_s: int, start: float) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Angles of n_t and n_s views with shared ones merged, and their weights in D(., n_s) - D(., n_t)."""
+    weights = {}
+    for n, sign in ((n_t, -1), (n_s, 1)):
+        for a in range(n):
+            turn = a * (math.lcm(n_t, n_s) // n)
+            weights[turn] = weights.get(turn, 0.0) + sign * math.pi / (2 * n)
+    turns = sorted(weights)
+    angles = start + 2 * np.pi * np.array(turns) / math.lcm(n_t, n_s)
+    return tuple(angles), tuple(weights[turn] for turn in turns)
+
+
+def _per_group(function, keys, *tensors):
+    """Apply function(key, *slices) to the slices of each key and put the results in the batch's order."""
+    out = torch.empty_like(tensors[0])
+    for key in dict.fromkeys(keys):
+        index = [i for i, k in enumerate(keys) if k == key]
+        out[index] = function(key, *(x[index] for x in tensors))
+    return out
+
+
+@dataclass(frozen=True)
+class Degradation:
+    """D and what follows from it, without gradients. Images: mu (B, 1, H, W) float32, 1/cm.
+
+    `official` applies the extra full-view pass of the published code: D'(x, n) = D(R x, n). View counts are one number
+    for the batch or a list of one a slice.
+    """
+
+    start: float = 0.0      # angle of the first view, radians
+    official: bool = False
+
+    def full(self, x: torch.Tensor) -> torch.Tensor:
+        """R(x) = D(x, 720): what counts as ground truth."""
+        return projector(x.shape[-1], equal_angles(FULL_VIEWS)).degrade(x)
+
+    def __call__(self, x: torch.Tensor, n_views: int | list[int]) -> torch.Tensor:
+        """D(x, n)."""
+        if self.official:
+            x = self.full(x)
+        views = [n_views] * len(x) if isinstance(n_views, int) else n_views
+        return _per_group(lambda n, y: projector(y.shape[-1], equal_angles(n, self.start)).degrade(y), views, x)
+
+    def shift(self, x_t: torch.Tensor, x0_hat: torch.Tensor, n_t: list[int], n_s: list[int]) -> torch.Tensor:
+        """x_s = x_t - D(x0_hat, n_t) + D(x0_hat, n_s): one projection, filter and backprojection of the merged views."""
+        if self.official:
+            x0_hat = self.full(x0_hat)
+
+        def step(key, x, estimate):
+            if key[0] == key[1]:
+                return x
+            angles, weights = _shift_views(*key, self.start)
+            return x + projector(x.shape[-1], angles).degrade(estimate, weights)
+
+        return _per_group(step, list(zip(n_t, n_s, strict=True)), x_t, x0_hat)

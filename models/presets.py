@@ -1,0 +1,63 @@
+"""Presets: every row is the configuration of a documented result. Any field is a flag of train.py."""
+
+from dataclasses import dataclass, replace
+
+from models.unet import UNetConfig
+
+
+@dataclass(frozen=True)
+class Preset:
+    # network
+    width: int = 128               # channels at the first resolution
+    dropout: float = 0.1
+    stem: int = 1                  # pixel-unshuffle factor before the network
+    residual: bool = False         # predict x0 - x_t instead of x0
+    shift: float = 0.0             # the network sees (mu - shift)/scale, 1/cm
+    scale: float = 1.0
+    zero_init: bool = False        # start as the identity (with residual)
+    # budget and batches
+    images: int = 0                # training images to see in all; 0: `epochs` passes over the data
+    epochs: int = 40
+    batch: int = 4                 # the last, smaller batch of a pass is kept
+    augment: bool = False          # flips and quarter turns of x0, which commute with R
+    # levels and EPCT
+    per_sample_levels: bool = False  # one t (and t') a slice instead of one a batch
+    epct_start: int = 2000         # optimizer steps before the compose loss begins
+    joint_steps: bool = False      # restore and compose losses in one optimizer step instead of two
+    # optimizer
+    optimizer: str = "adam"        # adam | adamw
+    lr: float = 4e-5
+    weight_decay: float = 0.0
+    clip: float = 1.0              # largest gradient norm
+    schedule: str = "step"         # step: x0.8 every 25 epochs | cosine: warm-up, then to zero at the last image
+    warmup: int = 0                # images of linear warm-up (cosine)
+    precision: str = "fp32"        # fp32 | bf16: autocast of the network; projectors are always fp32
+    # EMA
+    ema: float = 0.995
+    ema_every: int = 10            # optimizer steps between two averages
+    ema_start: int = 2000          # before this step the EMA copies the weights
+    ema_dropout: bool = True       # the EMA network runs with dropout in the compose input
+    # validation and what is published
+    publish: str = "raw"           # raw | ema: which weights validation measures and checkpoint.safetensors holds
+    val_sampler: str = "sequential"  # sampler of the 18-view validation
+    val_slices: int = 0            # slices, evenly spread over the validation set; 0: all
+    val_every: int = 0             # images between validations; 0: after passes 0, 3, 6, ... and the last
+    save_every: int = 4000         # images between checkpoints
+
+    def network(self) -> UNetConfig:
+        return UNetConfig(width=self.width, dropout=self.dropout, stem=self.stem, residual=self.residual,
+                          shift=self.shift, scale=self.scale, zero_init=self.zero_init)
+
+
+PAPER = Preset()
+PRESETS = {
+    # method.md section 3, number by number.
+    "paper": PAPER,
+    # 2.2 M parameters, 11.5 GFLOP a call: trains on a CPU.
+    "tiny": replace(
+        PAPER, width=32, dropout=0.0, stem=2, residual=True, shift=0.1, scale=0.1, zero_init=True,
+        images=9000, batch=2, augment=True, per_sample_levels=True, epct_start=1000, joint_steps=True,
+        optimizer="adamw", lr=1e-3, weight_decay=1e-4, schedule="cosine", warmup=200, precision="bf16",
+        ema=0.999, ema_every=1, ema_start=200, ema_dropout=False,
+        publish="ema", val_sampler="spdps", val_slices=8, val_every=1000, save_every=500),
+}

@@ -1,0 +1,87 @@
+"""Samplers: pure functions (denoise, degrade, x_T, levels, callback, options) -> (x0_hat, nfe).
+
+denoise(x_t, views): estimate of x0 from slices (B, 1, H, W) that each hold `views[i]` views' artefacts.
+degrade: a `Degradation`. x_T: FBP of the measurement, mu (B, 1, H, W). levels: view counts, densest first; the last
+is the measurement's. callback(slices, views, x0_hat), if given, sees every network call: the indices of the slices in
+it, their view counts and estimates. nfe: network calls of each slice, a list. A batch gives what its slices alone give.
+"""
+
+import torch
+
+from utils.metrics import headline_ssim
+
+
+def one_step(denoise, degrade, x_T, levels, callback=None):
+    """R(x_T, T)."""
+    views = [levels[-1]] * len(x_T)
+    x0_hat = denoise(x_T, views)
+    if callback:
+        callback(list(range(len(x_T))), views, x0_hat)
+    return x0_hat, [1] * len(x_T)
+
+
+def sequential(denoise, degrade, x_T, levels, callback=None):
+    """Every level from the measurement's to the densest, x_s = x_t - D(x0_hat, n_t) + D(x0_hat, n_s)."""
+    x = x_T
+    for t in reversed(range(len(levels))):
+        views = [levels[t]] * len(x)
+        x0_hat = denoise(x, views)
+        if callback:
+            callback(list(range(len(x))), views, x0_hat)
+        if t > 0:
+            x = degrade.shift(x, x0_hat, views, [levels[t - 1]] * len(x))
+    return x0_hat, [len(levels)] * len(x_T)
+
+
+def spdps(denoise, degrade, x_T, levels, callback=None, *,
+          semantic_budget=None,   # n: passes of the semantic phase; None: 2 below 72 views, 1 from there on
+          refine_steps=4,         # m: network calls of the detail phase
+          tau=0.97,               # SSIM between successive estimates at which anatomy counts as settled
+          similarity=headline_ssim):
+    """Semantic-Prioritized Dual-Phase Sampling (method.md section 4), decided slice by slice.
+
+    Semantic phase: one level denser a call; where an estimate resembles the one before (SSIM >= tau) a unit of budget
+    is used and the chain restarts from the measurement with it, or, with the budget spent, jumps to level m - 1.
+    Detail phase: levels m - 1, ..., 0. A chain that reaches level 0 unsettled ends there.
+    """
+    top = len(levels) - 1
+    last_jump = min(refine_steps, top + 1) - 1
+    x, out, previous = x_T.clone(), torch.empty_like(x_T), torch.empty_like(x_T)
+    level, nfe, compare, refining = ([value] * len(x) for value in (top, 0, False, False))
+    budget = [semantic_budget or (2 if levels[-1] < 72 else 1)] * len(x)
+    active = list(range(len(x)))
+    while active:
+        views = [levels[level[i]] for i in active]
+        x0_hat = denoise(x[active], views)
+        if callback:
+            callback(active, views, x0_hat)
+        compared = [j for j, i in enumerate(active) if compare[i]]
+        settled = dict.fromkeys(range(len(active)), False)
+        if compared:
+            alike = similarity(x0_hat[compared], previous[[active[j] for j in compared]])
+            settled.update(zip(compared, (alike >= tau).tolist(), strict=True))
+        moves = []  # (slice, its place in x0_hat, level from, level to)
+        for j, i in enumerate(active):
+            nfe[i] += 1
+            t, s = level[i], level[i] - 1
+            if not refining[i]:
+                compare[i] = not settled[j]
+                budget[i] -= settled[j]
+                if settled[j] and budget[i] > 0:
+                    x[i], t, s = x_T[i], top, top - 1
+                elif settled[j]:
+                    refining[i], compare[i], s = True, False, last_jump
+                previous[i] = x0_hat[j]
+            if s >= 0:
+                moves.append((i, j, t, s))
+                level[i] = s
+            else:
+                out[i] = x0_hat[j]
+        active = [i for i, *_ in moves]
+        if moves:
+            x[active] = degrade.shift(x[active], x0_hat[[j for _, j, _, _ in moves]],
+                                      [levels[t] for *_, t, _ in moves], [levels[s] for *_, s in moves])
+    return out, nfe
+
+
+SAMPLERS = {"one-step": one_step, "sequential": sequential, "spdps": spdps}

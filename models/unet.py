@@ -1,0 +1,171 @@
+"""The network R(x_t, t) -> x0: the published DDPM U-Net (method.md section 2), and its few options."""
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+
+@dataclass(frozen=True)
+class UNetConfig:
+    """Architecture. The defaults are the published network."""
+
+    width: int = 128              # channels at the first resolution
+    multipliers: tuple[int, ...] = (1, 2, 2, 2)
+    blocks: int = 2               # residual blocks a resolution going down; one more going up
+    dropout: float = 0.1
+    stem: int = 1                 # pixel-unshuffle factor in front (and shuffle behind): 2 works on H/2 x W/2
+    residual: bool = False        # predict x0 - x_t instead of x0
+    shift: float = 0.0            # the network sees (mu - shift)/scale, 1/cm,
+    scale: float = 1.0            # and its output is multiplied by scale
+    zero_init: bool = False       # last layer starts at zero: a residual network starts as the identity
+
+    @property
+    def multiple(self) -> int:
+        """Image sides must be divisible by this."""
+        return self.stem * 2 ** (len(self.multipliers) - 1)
+
+
+def sinusoidal_embedding(t: torch.Tensor, dim: int) -> torch.Tensor:
+    """(B,) -> (B, dim): first half sin, second half cos of t * exp(-ln(10000) i/(dim/2 - 1))."""
+    half = dim // 2
+    frequencies = torch.exp(torch.arange(half, device=t.device) * (-math.log(10000) / (half - 1)))
+    phase = t.float()[:, None] * frequencies[None, :]
+    return torch.cat([phase.sin(), phase.cos()], dim=1)
+
+
+def _norm(channels: int) -> nn.GroupNorm:
+    return nn.GroupNorm(32, channels, eps=1e-6)
+
+
+class TimeEmbedding(nn.Module):
+    def __init__(self, width: int):
+        super().__init__()
+        self.width = width
+        self.dense = nn.ModuleList([nn.Linear(width, 4 * width), nn.Linear(4 * width, 4 * width)])
+
+    def forward(self, t):
+        return self.dense[1](F.silu(self.dense[0](sinusoidal_embedding(t, self.width).to(self.dense[0].weight.dtype))))
+
+
+class ResidualBlock(nn.Module):
+    def __init__(self, channels_in: int, channels_out: int, time_channels: int, dropout: float):
+        super().__init__()
+        self.norm1 = _norm(channels_in)
+        self.conv1 = nn.Conv2d(channels_in, channels_out, 3, padding=1)
+        self.temb_proj = nn.Linear(time_channels, channels_out)
+        self.norm2 = _norm(channels_out)
+        self.dropout = nn.Dropout(dropout)
+        self.conv2 = nn.Conv2d(channels_out, channels_out, 3, padding=1)
+        self.nin_shortcut = nn.Conv2d(channels_in, channels_out, 1) if channels_in != channels_out else nn.Identity()
+
+    def forward(self, x, temb):
+        h = self.conv1(F.silu(self.norm1(x)))
+        h = h + self.temb_proj(F.silu(temb))[:, :, None, None]
+        h = self.conv2(self.dropout(F.silu(self.norm2(h))))
+        return self.nin_shortcut(x) + h
+
+
+class Attention(nn.Module):
+    """Single-head self-attention over all pixels, scale C^-1/2."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.norm = _norm(channels)
+        self.q, self.k, self.v, self.proj_out = (nn.Conv2d(channels, channels, 1) for _ in range(4))
+
+    def forward(self, x):
+        h = self.norm(x)
+        q, k, v = (layer(h).flatten(2).transpose(1, 2).unsqueeze(1) for layer in (self.q, self.k, self.v))
+        h = F.scaled_dot_product_attention(q, k, v).squeeze(1).transpose(1, 2).reshape(x.shape)
+        return x + self.proj_out(h)
+
+
+class Downsample(nn.Module):
+    def __init__(self, channels: int):
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, stride=2)
+
+    def forward(self, x):
+        return self.conv(F.pad(x, (0, 1, 0, 1)))
+
+
+class Upsample(nn.Module):
+    def __init__(self, channels: int):
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+
+    def forward(self, x):
+        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+
+
+class UNet(nn.Module):
+    """x_t (B, 1, H, W) in mu (1/cm) and t (B,), a level, possibly fractional -> estimate of x0 (B, 1, H, W) in mu."""
+
+    def __init__(self, config: UNetConfig):
+        super().__init__()
+        self.config = config
+        width, levels = config.width, len(config.multipliers)
+        channels = [width * m for m in config.multipliers]
+        block = lambda c_in, c_out: ResidualBlock(c_in, c_out, 4 * width, config.dropout)  # noqa: E731
+        self.temb = TimeEmbedding(width)
+        self.conv_in = nn.Conv2d(config.stem**2, width, 3, padding=1)
+        skips, now = [width], width
+        self.down = nn.ModuleList()
+        for i in range(levels):
+            stage = nn.Module()
+            stage.block = nn.ModuleList()
+            for _ in range(config.blocks):
+                stage.block.append(block(now, channels[i]))
+                now = channels[i]
+                skips.append(now)
+            if i < levels - 1:
+                stage.downsample = Downsample(now)
+                skips.append(now)
+            self.down.append(stage)
+        self.mid = nn.Module()
+        self.mid.block_1 = block(now, now)
+        self.mid.attn_1 = Attention(now)
+        self.mid.block_2 = block(now, now)
+        stages = []
+        for i in reversed(range(levels)):
+            stage = nn.Module()
+            stage.block = nn.ModuleList()
+            for _ in range(config.blocks + 1):
+                stage.block.append(block(now + skips.pop(), channels[i]))
+                now = channels[i]
+            if i > 0:
+                stage.upsample = Upsample(now)
+            stages.append(stage)
+        self.up = nn.ModuleList(reversed(stages))
+        self.norm_out = _norm(now)
+        self.conv_out = nn.Conv2d(now, config.stem**2, 3, padding=1)
+        if config.zero_init:
+            nn.init.zeros_(self.conv_out.weight)
+            nn.init.zeros_(self.conv_out.bias)
+
+    def forward(self, x_t: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        if any(side % self.config.multiple for side in x_t.shape[-2:]):
+            raise ValueError(f"the image is {x_t.shape[-2]} x {x_t.shape[-1]} pixels; this network takes sides "
+                             f"divisible by {self.config.multiple}")
+        temb = self.temb(t)
+        h = self.conv_in(F.pixel_unshuffle((x_t - self.config.shift) / self.config.scale, self.config.stem))
+        skips = [h]
+        for stage in self.down:
+            for block in stage.block:
+                h = block(h, temb)
+                skips.append(h)
+            if hasattr(stage, "downsample"):
+                h = stage.downsample(h)
+                skips.append(h)
+        h = self.mid.block_2(self.mid.attn_1(self.mid.block_1(h, temb)), temb)
+        for stage in reversed(self.up):
+            for block in stage.block:
+                h = block(torch.cat([h, skips.pop()], dim=1), temb)
+            if hasattr(stage, "upsample"):
+                h = stage.upsample(h)
+        h = self.conv_out(F.silu(self.norm_out(h)))
+        h = F.pixel_shuffle(h, self.config.stem).float() * self.config.scale
+        return x_t + h if self.config.residual else self.config.shift + h

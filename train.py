@@ -1,0 +1,270 @@
+#!/usr/bin/env python3
+"""Train CvG-Diff: EPCT on a folder of HU slices. The same command resumes. See `python train.py --help`."""
+
+import argparse
+import copy
+import json
+import math
+import os
+import subprocess
+import sys
+from dataclasses import asdict, fields, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from datasets.slices import find_slices, fingerprint, read_slices, split_by_patient
+from models.checkpoint import denoiser, save_checkpoint
+from models.degradation import LEVELS, Degradation, levels_for
+from models.epct import compose_input, loss, restore_input
+from models.presets import PRESETS, Preset
+from models.samplers import SAMPLERS, one_step
+from models.unet import UNet
+from utils.files import atomic
+from utils.metrics import measure
+from utils.scalars import Scalars
+from utils.units import WINDOWS, hu_to_mu, window
+
+CHOICES = {"optimizer": ("adam", "adamw"), "schedule": ("step", "cosine"), "precision": ("fp32", "bf16"),
+           "publish": ("raw", "ema"), "val_sampler": tuple(SAMPLERS)}
+
+
+def parse(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
+    parser.add_argument("--preset", default="tiny", choices=sorted(PRESETS))
+    parser.add_argument("--data", required=True, help="folder with train_img/ and val_img/, or of .npy slices")
+    parser.add_argument("--out", required=True, type=Path, help="folder of this run; an existing run is resumed")
+    parser.add_argument("--val-fraction", type=float, default=0.1, help="patients that validate, where DATA is one folder")
+    parser.add_argument("--seed", type=int, default=3407)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--strict", action="store_true", help="stop at the first bad slice instead of skipping it")
+    flags = parser.add_argument_group("fields of a preset (models/presets.py)")
+    for field in fields(Preset):
+        name = "--" + field.name.replace("_", "-")
+        if field.type is bool:
+            flags.add_argument(name, action=argparse.BooleanOptionalAction)
+        else:
+            flags.add_argument(name, type=field.type, choices=CHOICES.get(field.name))
+    args = parser.parse_args(argv)
+    given = {f.name: getattr(args, f.name) for f in fields(Preset) if getattr(args, f.name) is not None}
+    return args, replace(PRESETS[args.preset], **given)
+
+
+def load_data(args, preset):
+    """Training and validation slices as ground truths x0 (N, 1, H, H) in mu on the CPU, and their fingerprint."""
+    train, multiple = find_slices(args.data, "train"), preset.network().multiple
+    if train[0].parent.name == "train_img":
+        val = find_slices(args.data, "val")
+    else:
+        train, val = split_by_patient(train, args.val_fraction, args.seed)
+    truths, prints = [], []
+    for files in (train, val):
+        files, hu = read_slices(files, multiple, args.strict)
+        if preset.val_slices and len(truths) == 1:
+            spread = np.linspace(0, len(hu) - 1, min(preset.val_slices, len(hu))).round().astype(int)
+            files, hu = [files[i] for i in spread], hu[spread]
+        prints.append(fingerprint(files, hu))
+        mu = hu_to_mu(torch.from_numpy(hu))[:, None]
+        full = Degradation().full
+        bar = tqdm(range(0, len(mu), 8), desc="x0 = R(slice)", unit_scale=8, unit="slices", leave=False, disable=None)
+        truths.append(torch.cat([full(mu[i:i + 8].to(args.device)).cpu() for i in bar]))
+    return truths[0], truths[1], prints
+
+
+def batches(count: int, batch: int, images: int):
+    """(first, last) global sample indices of every batch: none crosses the end of a pass over the data."""
+    first = 0
+    while first < images:
+        last = min(first + batch, (first // count + 1) * count, images)
+        yield first, last
+        first = last
+
+
+def sample_at(index: int, count: int, seed: int):
+    """Slice, symmetry and two uniform draws of a global sample index: a function of (seed, index) alone."""
+    order = np.random.default_rng([seed, 0, index // count]).permutation(count)
+    rng = np.random.default_rng([seed, 1, index])
+    return order[index % count], rng.integers(8), rng.random(2)
+
+
+def draw_levels(uniform) -> tuple[int, int]:
+    """t ~ U{0..7}, t' ~ U{0..t-1} (0 at t = 0) from two uniform draws."""
+    t = int(uniform[0] * len(LEVELS))
+    return t, int(uniform[1] * t)
+
+
+def learning_rate(preset: Preset, seen: int, images: int, count: int) -> float:
+    """Rate of the batch that starts after `seen` training images."""
+    if preset.schedule == "step":
+        return preset.lr * 0.8 ** (seen // count // 25)
+    if seen < preset.warmup:
+        return preset.lr * (seen + 1) / preset.warmup
+    return preset.lr * 0.5 * (1 + math.cos(math.pi * (seen - preset.warmup) / max(1, images - preset.warmup)))
+
+
+@torch.no_grad()
+def update_ema(ema: UNet, network: UNet, step: int, preset: Preset) -> None:
+    """After optimizer step number `step`: every ema_every steps copy (before ema_start) or average."""
+    if step % preset.ema_every == 0:
+        keep = 0.0 if step < preset.ema_start else preset.ema
+        for average, value in zip(ema.parameters(), network.parameters(), strict=True):
+            average.lerp_(value, 1 - keep)
+
+
+def validate(network, truths, preset, device):
+    """Mean PSNR/SSIM of one-step and the preset's sampler at 18 views, W3000/L500, and an image row."""
+    was_training = network.training
+    network.eval()
+    degrade, levels = Degradation(), levels_for(18)
+    scores, mse, images = {}, 0.0, []
+    for i in range(0, len(truths), 4):
+        x0 = truths[i:i + 4].to(device)
+        x_T = degrade(x0, 18)
+        for name, sampler in {"one-step": one_step, preset.val_sampler: SAMPLERS[preset.val_sampler]}.items():
+            x0_hat, _ = sampler(denoiser(network), degrade, x_T, levels)
+            for metric, value in measure(x0_hat, x0, *WINDOWS[0]).items():
+                scores.setdefault(f"{name}/{metric}", []).extend(value.tolist())
+        mse += (x0_hat - x0).square().mean(dim=(1, 2, 3)).sum().item() / len(truths)
+        if i == 0:
+            images = [window(image[0], *WINDOWS[0]) for image in (x0, x_T, x0_hat)]
+    network.train(was_training)
+    return {f"val18/{k}": float(np.mean(v)) for k, v in scores.items()} | {"val18/mse": mse}, torch.cat(images, dim=-1)
+
+
+def commit() -> str:
+    """Git commit of this code, or "unknown" outside a repository."""
+    found = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True)
+    return found.stdout.strip() if found.returncode == 0 else "unknown"
+
+
+def newest_state(out: Path, device: str):
+    """The newest whole state of a run, or None; a damaged one is named and passed over."""
+    for path in sorted(out.glob("state-*.pt"), reverse=True):
+        try:
+            return torch.load(path, map_location=device, weights_only=True)
+        except Exception as error:  # a truncated zip fails in many ways, and an older state serves
+            print(f"{path.name} cannot be read ({type(error).__name__}); trying the one before.", file=sys.stderr)
+    return None
+
+
+def main(argv=None):
+    args, preset = parse(argv)
+    out, device = args.out, args.device
+    truths, val_truths, prints = load_data(args, preset)
+    count = len(truths)
+    images = preset.images or preset.epochs * count
+    run = {"preset": asdict(preset), "seed": args.seed, "data": prints}
+
+    torch.manual_seed(args.seed)
+    network = UNet(preset.network()).to(device)
+    ema = copy.deepcopy(network).requires_grad_(False).train(preset.ema_dropout)
+    kind = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[preset.optimizer]
+    optimizer = kind(network.parameters(), lr=preset.lr, weight_decay=preset.weight_decay, fused=True)
+    degrade = Degradation()
+    seen = step = 0
+    best = math.inf
+
+    out.mkdir(parents=True, exist_ok=True)
+    state = newest_state(out, device)
+    if state is None and any(out.iterdir()):
+        if (out / "run.json").is_file() and json.loads((out / "run.json").read_text()) != json.loads(json.dumps(run)):
+            sys.exit(f"{out} holds another run; give --out a new folder.")
+        if not (out / "run.json").is_file():
+            sys.exit(f"{out} is not empty and holds no run of train.py; give --out a new or empty folder.")
+    if state is not None:
+        if state["run"] != run:
+            wrong = [k for k in run if state["run"][k] != run[k]]
+            sys.exit(f"{out} holds a run with another {' and '.join(wrong)}; give --out a new folder, or the same "
+                     "options to resume.")
+        network.load_state_dict(state["network"])
+        ema.load_state_dict(state["ema"])
+        optimizer.load_state_dict(state["optimizer"])
+        seen, step, best = state["seen"], state["step"], state["best"]
+        print(f"Resuming {out} after {seen} of {images} images.")
+    else:
+        with atomic(out / "run.json") as partial:
+            partial.write_text(json.dumps(run, indent=1))
+    published = ema if preset.publish == "ema" else network
+    about = {"preset": args.preset, "training": run, "commit": commit(), "torch": torch.__version__}
+    scalars = Scalars(out, seen)
+
+    def save():
+        with atomic(out / f"state-{seen:09d}.pt") as partial:
+            torch.save({"network": network.state_dict(), "ema": ema.state_dict(), "optimizer": optimizer.state_dict(),
+                        "seen": seen, "step": step, "best": best, "run": run}, partial)
+        save_checkpoint(out / "checkpoint.safetensors", published.state_dict(), network.config, {**about, "images": seen})
+        for old in sorted(out.glob("state-*.pt"))[:-2]:
+            old.unlink()
+
+    def optimize(losses):
+        nonlocal step
+        optimizer.zero_grad(set_to_none=True)
+        losses.mean().backward()
+        norm = torch.nn.utils.clip_grad_norm_(network.parameters(), preset.clip)
+        optimizer.step()
+        step += 1
+        update_ema(ema, network, step, preset)
+        return norm
+
+    network.train()
+    bar = tqdm(total=images, initial=seen, unit="img", desc=args.preset, disable=None)
+    autocast = torch.autocast(device, torch.bfloat16, enabled=preset.precision == "bf16")
+    due = lambda every, before: seen // every > before // every or seen == images  # noqa: E731
+    for first, last in batches(count, preset.batch, images):
+        if first < seen:
+            continue
+        draws = [sample_at(i, count, args.seed) for i in range(first, last)]
+        torch.manual_seed(args.seed + 1000003 * (step + 1))  # dropout
+        x0 = truths[[d[0] for d in draws]].to(device)
+        if preset.augment:
+            x0 = torch.stack([torch.rot90(x.flip(-1) if d[1] >= 4 else x, int(d[1] % 4), (-2, -1))
+                              for x, d in zip(x0, draws, strict=True)])
+        levels = [draw_levels(d[2]) for d in draws]
+        t, s = map(list, zip(*(levels if preset.per_sample_levels else levels[:1] * len(draws)), strict=True))
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(preset, first, images, count)
+
+        x_t = restore_input(degrade, x0, t)
+        with autocast:
+            if preset.joint_steps:
+                inputs, levels_in, targets = x_t, t, x0
+                if step > preset.epct_start:
+                    inputs = torch.cat([x_t, compose_input(ema, degrade, x_t, t, s)])
+                    levels_in, targets = t + s, torch.cat([x0, x0])
+                losses = loss(network, inputs, levels_in, targets)
+                norm = optimize(losses)
+            else:
+                losses = loss(network, x_t, t, x0)
+                norm = optimize(losses)
+                if step > preset.epct_start:
+                    composed = loss(network, compose_input(ema, degrade, x_t, t, s), s, x0)
+                    norm = optimize(composed)
+                    losses = torch.cat([losses, composed])
+
+        before, seen = seen, last
+        bar.update(last - first)
+        scalars.train(seen, losses, len(draws), optimizer.param_groups[0]["lr"], norm)
+        if due(100, before):
+            bar.set_postfix(scalars.flush(), refresh=False)
+        passes = seen // count - 1 if seen % count == 0 else 0
+        if due(preset.val_every, before) if preset.val_every else (seen % count == 0 and passes % 3 == 0) or seen == images:
+            scores, picture = validate(published, val_truths, preset, device)
+            scalars.validation(seen, scores, picture)
+            tqdm.write(f"{seen} images: " + ", ".join(f"{k.removeprefix('val18/')} {v:.4g}" for k, v in scores.items()))
+            if scores["val18/mse"] < best:
+                best = scores["val18/mse"]
+                save_checkpoint(out / "best.safetensors", published.state_dict(), network.config,
+                                {**about, "images": seen, "validation": scores})
+        if due(preset.save_every, before):
+            save()
+    bar.close()
+    scalars.close()
+    print(f"Done: {images} images. {out / 'checkpoint.safetensors'} holds the {preset.publish} weights, "
+          f"{out / 'best.safetensors'} those of the best validation.")
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", os.cpu_count() or 1)))
+    main()

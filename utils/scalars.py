@@ -1,0 +1,58 @@
+"""Training curves: metrics.jsonl always, TensorBoard where it is installed."""
+
+import json
+import time
+from pathlib import Path
+
+import torch
+
+
+class Scalars:
+    """Collects losses without waiting for the device; `flush` writes their means, once every hundred images or so."""
+
+    def __init__(self, out: Path, seen: int):
+        self.lines, self.pending, self.since, self.seen = out / "metrics.jsonl", [], time.perf_counter(), seen
+        self.at = seen
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+            self.board = SummaryWriter(str(out), purge_step=seen)
+        except ImportError:
+            print("TensorBoard is not installed: its logging is off, metrics.jsonl has the same numbers.")
+            self.board = None
+
+    def train(self, seen: int, losses: torch.Tensor, images: int, lr: float, norm: torch.Tensor) -> None:
+        """Remember one batch: losses of its restore inputs, then of its composed ones (if any), in mu^2."""
+        self.at = seen
+        self.pending.append((losses[:images].detach().mean(), losses[images:].detach().mean() if len(losses) > images
+                             else None, lr, norm.detach()))
+
+    def flush(self) -> dict[str, str]:
+        """Write the means since the last call; return what a status line shows."""
+        restore, compose, lr, norm = zip(*self.pending, strict=True)
+        values = {"loss/restore": torch.stack(restore).mean().item(), "lr": lr[-1],
+                  "gradient_norm": torch.stack(norm).mean().item(),
+                  "images_per_second": (self.at - self.seen) / (time.perf_counter() - self.since)}
+        if any(c is not None for c in compose):
+            values["loss/compose"] = torch.stack([c for c in compose if c is not None]).mean().item()
+        self.pending, self.since, self.seen = [], time.perf_counter(), self.at
+        self._write(values)
+        return {"loss": f"{values['loss/restore']:.2e}", "lr": f"{values['lr']:.1e}"}
+
+    def validation(self, seen: int, scores: dict[str, float], picture: torch.Tensor) -> None:
+        """Write validation scores and a picture (1, H, W) in [0, 1]."""
+        self.at = seen
+        self._write(scores)
+        if self.board:
+            self.board.add_image("val18/truth_fbp_reconstruction", picture.cpu(), seen)
+
+    def _write(self, values: dict[str, float]) -> None:
+        with open(self.lines, "a") as file:
+            file.write(json.dumps({"images": self.at, **values}) + "\n")
+        if self.board:
+            for name, value in values.items():
+                self.board.add_scalar(name, value, self.at)
+
+    def close(self) -> None:
+        """Flush TensorBoard's file."""
+        if self.board:
+            self.board.close()

@@ -1,0 +1,27 @@
+"""HU, linear attenuation mu and display windows (method.md sections 1 and 6)."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:  # data preparation reads the constants without waiting for torch
+    import torch
+
+MU_WATER = 0.192           # 1/cm
+HU_RANGE = (-1024, 3071)   # what a 12-bit scanner stores
+WINDOWS = ((3000, 500), (500, 50), (2000, 0))  # (width, centre) in HU; the first is the headline
+
+
+def hu_to_mu(hu: torch.Tensor) -> torch.Tensor:
+    """HU -> mu in 1/cm."""
+    return hu / 1000 * MU_WATER + MU_WATER
+
+
+def mu_to_hu(mu: torch.Tensor) -> torch.Tensor:
+    """mu in 1/cm -> HU."""
+    return (mu - MU_WATER) / MU_WATER * 1000
+
+
+def window(mu: torch.Tensor, width: float, centre: float) -> torch.Tensor:
+    """mu -> [0, 1], clipped to the HU window."""
+    return ((mu_to_hu(mu) - (centre - width / 2)) / width).clamp(0, 1)
