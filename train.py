@@ -18,7 +18,7 @@ from tqdm import tqdm
 from datasets.slices import find_slices, fingerprint, read_slices, split_by_patient
 from models.checkpoint import denoiser, save_checkpoint
 from models.degradation import LEVELS, Degradation, levels_for
-from models.epct import compose_input, loss, restore_input
+from models.epct import compose, conditioning, denser_level, loss, views_of
 from models.presets import PRESETS, Preset
 from models.samplers import SAMPLERS, one_step
 from models.unet import UNet
@@ -28,7 +28,7 @@ from utils.scalars import Scalars
 from utils.units import WINDOWS, hu_to_mu, window
 
 CHOICES = {"optimizer": ("adam", "adamw"), "schedule": ("step", "cosine"), "precision": ("fp32", "bf16"),
-           "publish": ("raw", "ema"), "val_sampler": tuple(SAMPLERS)}
+           "publish": ("raw", "ema"), "rollout": ("ema", "own"), "val_sampler": tuple(SAMPLERS)}
 
 
 def parse(argv=None):
@@ -36,7 +36,8 @@ def parse(argv=None):
     parser.add_argument("--preset", default="tiny", choices=sorted(PRESETS))
     parser.add_argument("--data", required=True, help="folder with train_img/ and val_img/, or of .npy slices")
     parser.add_argument("--out", required=True, type=Path, help="folder of this run; an existing run is resumed")
-    parser.add_argument("--val-fraction", type=float, default=0.1, help="patients that validate, where DATA is one folder")
+    parser.add_argument("--val-fraction", type=float, default=0.1,
+                        help="share of the patients that validate, where DATA is one folder")
     parser.add_argument("--seed", type=int, default=3407)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--strict", action="store_true", help="stop at the first bad slice instead of skipping it")
@@ -82,17 +83,11 @@ def batches(count: int, batch: int, images: int):
         first = last
 
 
-def sample_at(index: int, count: int, seed: int):
-    """Slice, symmetry and two uniform draws of a global sample index: a function of (seed, index) alone."""
+def sample_at(index: int, count: int, seed: int, draws: int):
+    """Slice, symmetry and uniform draws (draws,) of a global sample index: a function of (seed, index) alone."""
     order = np.random.default_rng([seed, 0, index // count]).permutation(count)
     rng = np.random.default_rng([seed, 1, index])
-    return order[index % count], rng.integers(8), rng.random(2)
-
-
-def draw_levels(uniform) -> tuple[int, int]:
-    """t ~ U{0..7}, t' ~ U{0..t-1} (0 at t = 0) from two uniform draws."""
-    t = int(uniform[0] * len(LEVELS))
-    return t, int(uniform[1] * t)
+    return order[index % count], rng.integers(8), rng.random(draws)
 
 
 def learning_rate(preset: Preset, seen: int, images: int, count: int) -> float:
@@ -102,6 +97,13 @@ def learning_rate(preset: Preset, seen: int, images: int, count: int) -> float:
     if seen < preset.warmup:
         return preset.lr * (seen + 1) / preset.warmup
     return preset.lr * 0.5 * (1 + math.cos(math.pi * (seen - preset.warmup) / max(1, images - preset.warmup)))
+
+
+def validation_due(preset: Preset, before: int, seen: int, images: int, count: int) -> bool:
+    """Whether the batch that brought `before` to `seen` images ends at a validation."""
+    if preset.val_every:
+        return seen // preset.val_every > before // preset.val_every or seen == images
+    return seen == images or (seen % count == 0 and (seen // count - 1) % 3 == 0)
 
 
 @torch.no_grad()
@@ -190,74 +192,71 @@ def main(argv=None):
     about = {"preset": args.preset, "training": run, "commit": commit(), "torch": torch.__version__}
     scalars = Scalars(out, seen)
 
+    def publish(name, **scores):
+        save_checkpoint(out / name, published.state_dict(), network.config, {**about, "images": seen, **scores})
+
     def save():
         with atomic(out / f"state-{seen:09d}.pt") as partial:
             torch.save({"network": network.state_dict(), "ema": ema.state_dict(), "optimizer": optimizer.state_dict(),
                         "seen": seen, "step": step, "best": best, "run": run}, partial)
-        save_checkpoint(out / "checkpoint.safetensors", published.state_dict(), network.config, {**about, "images": seen})
+        publish("checkpoint.safetensors")
         for old in sorted(out.glob("state-*.pt"))[:-2]:
             old.unlink()
-
-    def optimize(losses):
-        nonlocal step
-        optimizer.zero_grad(set_to_none=True)
-        losses.mean().backward()
-        norm = torch.nn.utils.clip_grad_norm_(network.parameters(), preset.clip)
-        optimizer.step()
-        step += 1
-        update_ema(ema, network, step, preset)
-        return norm
 
     network.train()
     bar = tqdm(total=images, initial=seen, unit="img", desc=args.preset, disable=None)
     autocast = torch.autocast(device, torch.bfloat16, enabled=preset.precision == "bf16")
-    due = lambda every, before: seen // every > before // every or seen == images  # noqa: E731
     for first, last in batches(count, preset.batch, images):
         if first < seen:
             continue
-        draws = [sample_at(i, count, args.seed) for i in range(first, last)]
         torch.manual_seed(args.seed + 1000003 * (step + 1))  # dropout
-        x0 = truths[[d[0] for d in draws]].to(device)
+        order, symmetry, uniform = zip(*(sample_at(i, count, args.seed, 1 + 2 * preset.hops) for i in range(first, last)),
+                                       strict=True)
+        x0 = truths[list(order)].to(device)
         if preset.augment:
-            x0 = torch.stack([torch.rot90(x.flip(-1) if d[1] >= 4 else x, int(d[1] % 4), (-2, -1))
-                              for x, d in zip(x0, draws, strict=True)])
-        levels = [draw_levels(d[2]) for d in draws]
-        t, s = map(list, zip(*(levels if preset.per_sample_levels else levels[:1] * len(draws)), strict=True))
+            x0 = torch.stack([torch.rot90(x.flip(-1) if g >= 4 else x, int(g % 4), (-2, -1))
+                              for x, g in zip(x0, symmetry, strict=True)])
+        if not preset.per_sample_levels:
+            uniform = uniform[:1] * len(x0)  # one t and one t' a batch
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(preset, first, images, count)
 
-        x_t = restore_input(degrade, x0, t)
-        with autocast:
-            if preset.joint_steps:
-                inputs, levels_in, targets = x_t, t, x0
-                if step > preset.epct_start:
-                    inputs = torch.cat([x_t, compose_input(ema, degrade, x_t, t, s)])
-                    levels_in, targets = t + s, torch.cat([x0, x0])
-                losses = loss(network, inputs, levels_in, targets)
-                norm = optimize(losses)
-            else:
-                losses = loss(network, x_t, t, x0)
-                norm = optimize(losses)
-                if step > preset.epct_start:
-                    composed = loss(network, compose_input(ema, degrade, x_t, t, s), s, x0)
-                    norm = optimize(composed)
-                    losses = torch.cat([losses, composed])
+        T = t = [int(u[0] * len(LEVELS)) for u in uniform]
+        x_T = x_t = degrade(x0, views_of(T))
+        losses, norms = [], []
+        for hop in range(1 + preset.hops):
+            if hop > 0:
+                if step <= preset.epct_start:
+                    break
+                if preset.rollout == "ema":
+                    with torch.no_grad(), autocast:
+                        x0_hat = ema(x_t, conditioning(t, x_t))
+                s = [denser_level(t_i, T_i, u[2 * hop - 1:2 * hop + 1], preset.jumps)
+                     for t_i, T_i, u in zip(t, T, uniform, strict=True)]
+                x_t, t = compose(degrade, x_T, T, x_t, t, x0_hat, s), s
+            with autocast:
+                slice_losses, x0_hat = loss(network, x_t, t, x0)
+            optimizer.zero_grad(set_to_none=True)
+            slice_losses.mean().backward()
+            norms.append(torch.nn.utils.clip_grad_norm_(network.parameters(), preset.clip))
+            optimizer.step()
+            step += 1
+            update_ema(ema, network, step, preset)
+            losses.append(slice_losses.detach().mean())
 
         before, seen = seen, last
         bar.update(last - first)
-        scalars.train(seen, losses, len(draws), optimizer.param_groups[0]["lr"], norm)
-        if due(100, before):
+        scalars.train(seen, losses, norms, optimizer.param_groups[0]["lr"])
+        if seen // 100 > before // 100 or seen == images:
             bar.set_postfix(scalars.flush(), refresh=False)
-        passes = seen // count - 1 if seen % count == 0 else 0
-        if due(preset.val_every, before) if preset.val_every else (seen % count == 0 and passes % 3 == 0) or seen == images:
+        if validation_due(preset, before, seen, images, count):
             scores, picture = validate(published, val_truths, preset, device)
             scalars.validation(seen, scores, picture)
             tqdm.write(f"{seen} images: " + ", ".join(f"{k.removeprefix('val18/')} {v:.4g}" for k, v in scores.items()))
             if scores["val18/mse"] < best:
                 best = scores["val18/mse"]
-                save_checkpoint(out / "best.safetensors", published.state_dict(), network.config,
-                                {**about, "images": seen, "validation": scores})
-        if due(preset.save_every, before):
+                publish("best.safetensors", validation=scores)
+        if seen // preset.save_every > before // preset.save_every or seen == images:
             save()
     bar.close()
     scalars.close()

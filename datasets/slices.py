@@ -20,7 +20,7 @@ def patient_of(name: str) -> str:
 
 
 def patients_of(files: list[Path]) -> list[str]:
-    """Patient of each file: from `manifest.csv` (columns file, patient) in its folder where listed, else from its name."""
+    """Patient of each file: from `manifest.csv` (columns file, patient) in its folder, else from its name."""
     manifests = {}
     for folder in {f.parent for f in files}:
         if (folder / "manifest.csv").is_file():
@@ -50,7 +50,7 @@ def find_slices(data: str | Path, split: str) -> list[Path]:
 
 
 def read_slice(path: Path, multiple: int = 1) -> np.ndarray:
-    """One square HU slice, float32 (H, H), clipped to [-1024, 3071]. Raises ValueError with a sentence for a bad file."""
+    """One square HU slice, float32 (H, H), clipped to [-1024, 3071]. Raises ValueError for a bad file."""
     try:
         hu = np.load(path, allow_pickle=False)
     except (OSError, ValueError, EOFError) as error:

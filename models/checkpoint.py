@@ -18,7 +18,8 @@ from utils.files import atomic
 def save_checkpoint(path: Path, state: dict[str, torch.Tensor], network: UNetConfig, about: dict) -> None:
     """Write weights with their architecture, levels and geometry; `about`: how they were made, JSON values."""
     header = {"network": asdict(network), "levels": LEVELS, "full_views": FULL_VIEWS, "protocol": "cvg",
-              "geometry": {"source_distance": 1075, "det_distance": 1075, "det_count": 672, "det_spacing": 2, "size": 256},
+              "geometry": {"size": 256, "source_distance": 1075, "det_distance": 1075, "det_count": 672,
+                           "det_spacing": 2},
               **about}
     weights = {name: value.detach().cpu().contiguous() for name, value in state.items()}
     with atomic(path) as partial:

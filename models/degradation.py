@@ -1,4 +1,4 @@
-"""The degradation D(x, n): FBP over n views of the fan-beam projection over the same views (degradation.md section 5)."""
+"""The degradation D(x, n): FBP over n views of the fan-beam projection over the same views."""
 
 import math
 from dataclasses import dataclass
@@ -81,7 +81,7 @@ class Degradation:
         return _per_group(lambda n, y: projector(y.shape[-1], equal_angles(n, self.start)).degrade(y), views, x)
 
     def shift(self, x_t: torch.Tensor, x0_hat: torch.Tensor, n_t: list[int], n_s: list[int]) -> torch.Tensor:
-        """x_s = x_t - D(x0_hat, n_t) + D(x0_hat, n_s): one projection, filter and backprojection of the merged views."""
+        """x_s = x_t - D(x0_hat, n_t) + D(x0_hat, n_s), in one projection, filter and backprojection of merged views."""
         if self.official:
             x0_hat = self.full(x0_hat)
 

@@ -11,6 +11,11 @@ import torch
 from utils.metrics import headline_ssim
 
 
+def fbp(denoise, degrade, x_T, levels, callback=None):
+    """The measurement's FBP as it is: the baseline without a network."""
+    return x_T, [0] * len(x_T)
+
+
 def one_step(denoise, degrade, x_T, levels, callback=None):
     """R(x_T, T)."""
     views = [levels[-1]] * len(x_T)
@@ -38,7 +43,7 @@ def spdps(denoise, degrade, x_T, levels, callback=None, *,
           refine_steps=4,         # m: network calls of the detail phase
           tau=0.97,               # SSIM between successive estimates at which anatomy counts as settled
           similarity=headline_ssim):
-    """Semantic-Prioritized Dual-Phase Sampling (method.md section 4), decided slice by slice.
+    """Semantic-Prioritized Dual-Phase Sampling (Chen et al., MICCAI 2025), decided slice by slice.
 
     Semantic phase: one level denser a call; where an estimate resembles the one before (SSIM >= tau) a unit of budget
     is used and the chain restarts from the measurement with it, or, with the budget spent, jumps to level m - 1.
@@ -84,4 +89,4 @@ def spdps(denoise, degrade, x_T, levels, callback=None, *,
     return out, nfe
 
 
-SAMPLERS = {"one-step": one_step, "sequential": sequential, "spdps": spdps}
+SAMPLERS = {"fbp": fbp, "one-step": one_step, "sequential": sequential, "spdps": spdps}

@@ -1,4 +1,4 @@
-"""The network R(x_t, t) -> x0: the published DDPM U-Net (method.md section 2), and its few options."""
+"""The network R(x_t, t) -> x0: the published DDPM U-Net of CvG-Diff (Chen et al., MICCAI 2025), and its few options."""
 
 import math
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""PSNR, SSIM and RMSE of single slices in HU windows (method.md section 6)."""
+"""PSNR, SSIM and RMSE of single slices in HU windows."""
 
 import torch
 import torch.nn.functional as F
@@ -11,7 +11,8 @@ def ssim(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     taps = torch.exp(-((torch.arange(11, device=a.device) - 5.0) ** 2) / (2 * 1.5**2))
     taps = (taps / taps.sum()).to(a.dtype)
     moments = torch.cat([a, b, a * a, b * b, a * b], dim=1).flatten(0, 1)[:, None]
-    moments = F.conv2d(F.conv2d(moments, taps.view(1, 1, 11, 1), padding=(5, 0)), taps.view(1, 1, 1, 11), padding=(0, 5))
+    moments = F.conv2d(moments, taps.view(1, 1, 11, 1), padding=(5, 0))
+    moments = F.conv2d(moments, taps.view(1, 1, 1, 11), padding=(0, 5))
     mean_a, mean_b, aa, bb, ab = moments.view(len(a), 5, *a.shape[-2:]).unbind(1)
     c1, c2 = 0.01**2, 0.03**2
     luminance = (2 * mean_a * mean_b + c1) / (mean_a**2 + mean_b**2 + c1)

@@ -20,20 +20,21 @@ class Scalars:
             print("TensorBoard is not installed: its logging is off, metrics.jsonl has the same numbers.")
             self.board = None
 
-    def train(self, seen: int, losses: torch.Tensor, images: int, lr: float, norm: torch.Tensor) -> None:
-        """Remember one batch: losses of its restore inputs, then of its composed ones (if any), in mu^2."""
+    def train(self, seen: int, losses: list[torch.Tensor], norms: list[torch.Tensor], lr: float) -> None:
+        """Remember one batch: the loss of its restore input and of each composed one, gradient norms, rate."""
         self.at = seen
-        self.pending.append((losses[:images].detach().mean(), losses[images:].detach().mean() if len(losses) > images
-                             else None, lr, norm.detach()))
+        self.pending.append((losses, norms, lr))
 
     def flush(self) -> dict[str, str]:
         """Write the means since the last call; return what a status line shows."""
-        restore, compose, lr, norm = zip(*self.pending, strict=True)
-        values = {"loss/restore": torch.stack(restore).mean().item(), "lr": lr[-1],
-                  "gradient_norm": torch.stack(norm).mean().item(),
+        mean = lambda values: torch.stack(values).mean().item()  # noqa: E731
+        values = {"loss/restore": mean([losses[0] for losses, _, _ in self.pending]),
+                  "gradient_norm": mean([norm for _, norms, _ in self.pending for norm in norms]),
+                  "lr": self.pending[-1][2],
                   "images_per_second": (self.at - self.seen) / (time.perf_counter() - self.since)}
-        if any(c is not None for c in compose):
-            values["loss/compose"] = torch.stack([c for c in compose if c is not None]).mean().item()
+        composed = [loss for losses, _, _ in self.pending for loss in losses[1:]]
+        if composed:
+            values["loss/compose"] = mean(composed)
         self.pending, self.since, self.seen = [], time.perf_counter(), self.at
         self._write(values)
         return {"loss": f"{values['loss/restore']:.2e}", "lr": f"{values['lr']:.1e}"}

@@ -1,4 +1,4 @@
-"""HU, linear attenuation mu and display windows (method.md sections 1 and 6)."""
+"""HU, linear attenuation mu and display windows."""
 
 from __future__ import annotations
 

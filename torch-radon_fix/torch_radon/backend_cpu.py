@@ -342,7 +342,8 @@ def backproject(geometry: Geometry, sinogram: torch.Tensor) -> torch.Tensor:
     """(B, views, bins) float32 -> (B, H, W)."""
     sinogram = sinogram.numpy()
     plan = _plan(geometry, len(sinogram))
-    return torch.from_numpy(_unpack_images(plan, _smear(plan, _pack_sinograms(plan, sinogram)), geometry, len(sinogram)))
+    packed = _smear(plan, _pack_sinograms(plan, sinogram))
+    return torch.from_numpy(_unpack_images(plan, packed, geometry, len(sinogram)))
 
 
 def forward_transpose(geometry: Geometry, sinogram: torch.Tensor) -> torch.Tensor:

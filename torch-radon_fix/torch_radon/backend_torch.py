@@ -97,7 +97,7 @@ def backproject_transpose(geometry: Geometry, image: torch.Tensor) -> torch.Tens
 
 
 def apply_filter(sinogram: torch.Tensor, name: str) -> torch.Tensor:
-    """Row-wise linear convolution with the filter's taps, (..., bins); no view weight. In the tensor's own precision."""
+    """Row-wise linear convolution with the filter's taps, (..., bins); no view weight. In the tensor's precision."""
     bins = sinogram.shape[-1]
     response = torch.from_numpy(frequency_response(bins, name)).to(sinogram)
     spectrum = torch.fft.rfft(sinogram, n=2 * bins) * response

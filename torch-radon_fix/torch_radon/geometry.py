@@ -73,7 +73,7 @@ def ray_ends(geometry: Geometry, theta: np.ndarray, u: np.ndarray) -> tuple[np.n
 
 
 def ray_samples(geometry: Geometry, theta: np.ndarray, u: np.ndarray) -> dict[str, np.ndarray]:
-    """Sample positions of each ray of the forward projection (spec: p = h * sum_j I(o + j * l / m), m = ceil(|l|)).
+    """Sample positions of each ray of the forward projection (p = h * sum_j I(o + j * l / m), m = ceil(|l|)).
 
     Returns arrays of shape (len(theta), len(u)): `x`, `y` the first sample in texel indices (0 is the centre of the
     first column or row), `dx`, `dy` the step, float64; `count` int32, the samples that touch the image; `h` float32.
@@ -105,8 +105,9 @@ def ray_samples(geometry: Geometry, theta: np.ndarray, u: np.ndarray) -> dict[st
         for p, d, size in ((x, dx, geometry.width), (y, dy, geometry.height)):
             one, two = (-1 - p) / d, (size - p) / d
             still, within = d == 0, (p >= -1) & (p <= size)
-            first = np.maximum(first, np.where(still, np.where(within, 0, np.inf), np.ceil(np.minimum(one, two) - 1e-9)))
-            last = np.minimum(last, np.where(still, np.where(within, last, -1), np.floor(np.maximum(one, two) + 1e-9)))
+            enter_at, leave_at = np.ceil(np.minimum(one, two) - 1e-9), np.floor(np.maximum(one, two) + 1e-9)
+            first = np.maximum(first, np.where(still, np.where(within, 0, np.inf), enter_at))
+            last = np.minimum(last, np.where(still, np.where(within, last, -1), leave_at))
         count = np.maximum(last - first + 1, 0)
         first = np.where(count > 0, first, 0)
         h = np.where(hit, length / np.maximum(m, 1), 0.0)

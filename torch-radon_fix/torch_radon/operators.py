@@ -11,6 +11,7 @@ import torch
 from . import backend_torch
 from .filtering import FILTERS, detector_weight
 from .geometry import Geometry
+from .noise import add_noise, set_seed
 
 log = logging.getLogger("torch_radon")
 
@@ -56,8 +57,8 @@ def _checked(x, trailing: tuple[int, int], what: str) -> torch.Tensor:
         raise TypeError(f"{what} is a {type(x).__name__}; expected a torch tensor (torch.from_numpy makes one)")
     if x.dtype not in (torch.float16, torch.float32, torch.float64):
         raise TypeError(f"{what} has dtype {x.dtype}; expected float16, float32 or float64 (call .float() on it)")
-    if tuple(x.shape[-2:]) != trailing:
-        raise ValueError(f"{what} has shape {tuple(x.shape)}; expected (..., {trailing[0]}, {trailing[1]})")
+    if tuple(x.shape[-2:]) != trailing or x.numel() == 0:
+        raise ValueError(f"{what} has shape {tuple(x.shape)}; expected (..., {trailing[0]}, {trailing[1]}), not empty")
     return x
 
 
@@ -89,7 +90,7 @@ class _Projector:
         return len(self.geometry.angles), self.det_count
 
     def forward(self, imgs: torch.Tensor) -> torch.Tensor:
-        """Projection of images (..., H, W) -> (..., views, bins). degradation.md, section 2."""
+        """Projection of images (..., H, W) -> (..., views, bins). README, "Equations"."""
         return _linear("forward", _checked(imgs, self._image_shape, "the image"), self.geometry)
 
     def backprojection(self, sinogram: torch.Tensor) -> torch.Tensor:
@@ -97,6 +98,7 @@ class _Projector:
         return _linear("backproject", _checked(sinogram, self._sinogram_shape, "the sinogram"), self.geometry)
 
     backward = backprojection
+    add_noise, set_seed = staticmethod(add_noise), staticmethod(set_seed)  # where upstream has them
 
     def transpose(self, sinogram: torch.Tensor) -> torch.Tensor:
         """The exact transpose of `forward`: (..., views, bins) -> (..., H, W). For least squares."""
@@ -126,6 +128,9 @@ class _Projector:
         if view_weights is None:
             view_weights = np.full(len(self.geometry.angles), math.pi / 2 / len(self.geometry.angles))
         weights = torch.as_tensor(view_weights).to(work)
+        if weights.shape != self._sinogram_shape[:1]:
+            raise ValueError(f"view_weights has shape {tuple(weights.shape)}; expected one a view: "
+                             f"({len(self.angles)},)")
         with torch.no_grad(), torch.autocast(imgs.device.type, enabled=False):
             y = backend_for(work).fbp(self.geometry, work.reshape(-1, *self._image_shape).contiguous(), weights,
                                       filter_name)
@@ -150,6 +155,37 @@ def _size(resolution) -> tuple[int, int]:
     return int(size[0]), int(size[1])
 
 
+def _bins(det_count, height: int, width: int) -> int:
+    if int(det_count) != det_count or det_count == 0:
+        raise ValueError(f"det_count is {det_count!r}; expected a positive integer (negative: the resolution)")
+    return int(det_count) if det_count > 0 else max(height, width)
+
+
+def _finite(**values):
+    for name, value in values.items():
+        if not np.isfinite(value):
+            raise ValueError(f"{name} is {value!r}; expected a finite number of pixels")
+
+
+def _warn_if_truncated(geometry: Geometry, corners: bool):
+    """Warn where rays through the image miss the detector; those through its corners alone only if `corners`."""
+    if geometry.clip_to_circle:
+        return
+    inner, outer = min(geometry.height, geometry.width) / 2, math.hypot(geometry.height, geometry.width) / 2
+    edge = geometry.det_count * geometry.det_spacing / 2 - abs(geometry.det_offset)
+    seen, cell, reach = edge, geometry.det_spacing, outer
+    if geometry.fan:
+        near, span = geometry.source_distance, geometry.source_distance + geometry.det_distance
+        seen, cell = near * edge / math.hypot(span, edge), cell * near / span
+        reach = span * outer / math.sqrt(near**2 - outer**2)
+    whole = math.ceil(2 * (reach + abs(geometry.det_offset)) / geometry.det_spacing)
+    if seen + cell < inner or (corners and seen + cell < outer):
+        part = "the corners of the image are" if seen + cell >= inner else "all of the image further out is"
+        warnings.warn(f"det_count {geometry.det_count} with det_spacing {geometry.det_spacing:g} sees only {seen:.1f} "
+                      f"pixels from the centre in every view: {part} truncated; {whole} bins see all of it",
+                      stacklevel=3)
+
+
 def _positive(**values):
     for name, value in values.items():
         if not (np.isfinite(value) and value > 0):
@@ -165,10 +201,11 @@ class Radon(_Projector):
 
     def __init__(self, resolution, angles, det_count=-1, det_spacing=1.0, clip_to_circle=False, *, det_offset=0.0):
         height, width = _size(resolution)
-        det_count = int(det_count) if det_count >= 0 else max(height, width)
-        _positive(det_count=det_count, det_spacing=det_spacing)
-        super().__init__(Geometry(height, width, _angles(angles), det_count, float(det_spacing),
+        _positive(det_spacing=det_spacing)
+        _finite(det_offset=det_offset)
+        super().__init__(Geometry(height, width, _angles(angles), _bins(det_count, height, width), float(det_spacing),
                                   det_offset=float(det_offset), clip_to_circle=bool(clip_to_circle)))
+        _warn_if_truncated(self.geometry, corners=det_count > 0)
 
 
 class RadonFanbeam(_Projector):
@@ -182,8 +219,8 @@ class RadonFanbeam(_Projector):
     def __init__(self, resolution, angles, source_distance, det_distance=-1, det_count=-1, det_spacing=-1,
                  clip_to_circle=False, *, det_offset=0.0, weights="published"):
         height, width = _size(resolution)
-        det_count = int(det_count) if det_count >= 0 else max(height, width)
-        _positive(det_count=det_count, source_distance=source_distance)
+        _positive(source_distance=source_distance)
+        _finite(det_distance=det_distance, det_spacing=det_spacing, det_offset=det_offset)
         if weights not in ("published", "fdk"):
             raise ValueError(f"weights is {weights!r}; expected 'published' or 'fdk'")
         if source_distance <= math.hypot(height, width) / 2:
@@ -198,8 +235,9 @@ class RadonFanbeam(_Projector):
         elif det_spacing < 0:
             det_spacing = (source_distance + det_distance) / source_distance
         _positive(det_spacing=det_spacing)
-        super().__init__(Geometry(height, width, _angles(angles), det_count, float(det_spacing),
+        super().__init__(Geometry(height, width, _angles(angles), _bins(det_count, height, width), float(det_spacing),
                                   float(source_distance), float(det_distance), float(det_offset),
                                   bool(clip_to_circle), weights))
         self.source_distance = self.geometry.source_distance
         self.det_distance = self.geometry.det_distance
+        _warn_if_truncated(self.geometry, corners=det_count > 0)

@@ -1,0 +1,291 @@
+"""DICOM CT files to HU slices in the standard axial orientation.
+
+Everything here is a function of the file alone: `read_header` says what a file holds, `read_hu` gives its slices,
+`order_series` puts the slices of one series in order. A file that cannot be used raises `Refused` (it is bad) or
+`LeftOut` (it is fine but not a CT slice: a localiser, a derived image); the message is the reason as a sentence.
+Reasons never quote text fields, which may hold a patient's name.
+"""
+
+import math
+import os
+import re
+import statistics
+import warnings
+from collections import Counter
+from dataclasses import dataclass
+
+import numpy as np
+import pydicom
+from pydicom.uid import ExplicitVRLittleEndian, ImplicitVRLittleEndian, MediaStorageDirectoryStorage
+
+from utils.units import HU_RANGE
+
+MAX_SIDE = 4096  # no scanner writes more; a damaged header can claim 65535 and ask for gigabytes
+CMS_ENVELOPE = bytes.fromhex("06092a864886f70d010703")  # object identifier that opens a Secure DICOM file
+LOCALISERS = {"LOCALIZER", "SCOUT", "TOPOGRAM"}
+LOSSY_SYNTAX = re.compile(r"1\.2\.840\.10008\.1\.2\.4\.(5[01]|81|91|93|203)$")
+
+
+class Refused(ValueError):
+    """The file cannot become HU slices; the message is the reason."""
+
+
+class LeftOut(Refused):
+    """The file is sound but is not an original CT slice; the message is the reason."""
+
+
+@dataclass(frozen=True)
+class Slice:
+    """One slice of one file: where it is and what is known of it before its pixels are read."""
+
+    path: str
+    frame: int = 0  # index within the file
+    patient: str = ""
+    series: str = ""
+    position: float | None = None  # mm along the normal, growing towards the head; None where the file does not say
+    number: int = 0  # instance number: orders what position cannot
+    size: int = 0  # side in pixels
+    spacing: float | None = None  # mm between pixel centres
+    kernel: str = ""
+    names: tuple[str, ...] = ()  # words that identify the patient
+    warning: str = ""
+    slope: float = 1.0
+    intercept: float = 0.0
+    orientation: tuple[float, ...] = (1, 0, 0, 0, 1, 0)
+
+
+def to_hu(stored: np.ndarray, slope: float, intercept: float, padding: int | None = None) -> np.ndarray:
+    """Stored values to HU = slope * stored + intercept, clipped to [-1024, 3071].
+
+    stored: (H, W) integers. Returns (H, W) float32. What scanners write outside the scan circle lies below -1024 and
+    becomes air by the clip. A padding value above the range would become metal by it, so it is set to air.
+    """
+    hu = np.clip(stored * np.float64(slope) + intercept, *HU_RANGE).astype(np.float32)
+    if padding is not None and slope * padding + intercept > HU_RANGE[1]:
+        hu[stored == padding] = HU_RANGE[0]
+    return hu
+
+
+def check_axial(orientation) -> None:
+    """Refuses, by name, an ImageOrientationPatient (6 direction cosines) that is not axial to within 8 degrees."""
+    cosines = np.abs(np.reshape(orientation, (2, 3)))
+    axes = tuple(sorted(cosines.argmax(1)))
+    if cosines.max() > 1.01 or (cosines.max(1) < 0.99).any() or axes[0] == axes[1]:
+        angles = ", ".join(f"{value:g}" for value in orientation)
+        raise Refused(f"is oblique (ImageOrientationPatient is {angles}); axial slices are expected: reformat it first")
+    if axes != (0, 1):
+        plane = "coronal" if axes == (0, 2) else "sagittal"
+        raise Refused(f"is {plane}; axial slices are expected: reformat the series first")
+
+
+def standard_axial(image: np.ndarray, orientation) -> np.ndarray:
+    """An axial image (H, W) turned so that columns run to the patient's left and rows to the back.
+
+    orientation: ImageOrientationPatient, the directions (left, back, head) of growing column and growing row index.
+    """
+    along_columns, along_rows = np.reshape(orientation, (2, 3))
+    if abs(along_columns[1]) > abs(along_columns[0]):
+        image, along_columns, along_rows = image.T, along_rows, along_columns
+    return image[:: 1 if along_rows[1] > 0 else -1, :: 1 if along_columns[0] > 0 else -1]
+
+
+def read_header(path: str) -> list[Slice]:
+    """The slices (one a frame) that a DICOM file holds, without reading pixels. Raises Refused or LeftOut."""
+    return _parse(path, with_pixels=False)[1]
+
+
+def read_hu(path: str) -> np.ndarray:
+    """All slices of a DICOM file: (frames, H, W) float32 HU in [-1024, 3071], standard axial orientation.
+
+    Slices are in the order of the file. Raises Refused or LeftOut.
+    """
+    dataset, slices = _parse(path, with_pixels=True)
+    raw = guarded(lambda: dataset.pixel_array, "has pixels that cannot be decoded; is it truncated or damaged?")
+    raw = raw.reshape(-1, *raw.shape[-2:])
+    if raw.shape != (len(slices), slices[0].size, slices[0].size):
+        raise Refused(f"decodes to {raw.shape}, its header says {len(slices)} slices of {slices[0].size} pixels")
+    padding = dataset.get("PixelPaddingValue")
+    padding = padding if isinstance(padding, int) else None
+    # Bits above BitsStored may hold overlays, or a sign that was not extended: shift them out and extend the sign.
+    # A padding value may itself lie above BitsStored: its pixels are left as they are, for to_hu to find.
+    spare = 8 * raw.dtype.itemsize - dataset.BitsStored
+    stored = np.where(raw == padding, raw, (raw << spare) >> spare)
+    frames = [to_hu(image, one.slope, one.intercept, padding) for one, image in zip(slices, stored, strict=True)]
+    return np.stack([standard_axial(hu, one.orientation) for one, hu in zip(slices, frames, strict=True)])
+
+
+def order_series(slices: list[Slice]) -> tuple[list[Slice], list[tuple[str, str, str]]]:
+    """The slices of one series from feet to head, and what is wrong with it as (path, status, reason).
+
+    A slice of another size than most is refused, one at a position that is already taken is left out (the lowest
+    instance number stays), a gap is a warning. Slices without positions are ordered by number and not compared.
+    """
+    ordered = sorted(slices, key=lambda one: (one.position or 0.0, one.number, one.path, one.frame))
+    if any(one.position is None for one in ordered):
+        return ordered, []
+    kept, problems = [], []
+    size = Counter(one.size for one in ordered).most_common(1)[0][0]
+    for one in ordered:
+        if one.size != size:
+            reason = f"has {one.size} pixels a side where most of its series has {size}"
+            problems.append((one.path, "refused", reason))
+        elif kept and one.position - kept[-1].position < 0.01:
+            reason = f"repeats position {one.position:g} mm of its series; the lowest instance number is used"
+            problems.append((one.path, "left out", reason))
+        else:
+            kept.append(one)
+    steps = [after.position - before.position for before, after in zip(kept, kept[1:], strict=False)]
+    usual = statistics.median(steps) if steps else 0.0
+    for before, step in zip(kept, steps, strict=False):
+        if step > 1.5 * usual:
+            reason = f"is followed by a gap of {step:g} mm where {usual:g} mm is usual: slices are missing"
+            problems.append((before.path, "warning", reason))
+    return kept, problems
+
+
+def guarded(read, reason: str):
+    """read(), where anything it raises becomes Refused(reason)."""
+    # Damaged bytes make the parser and the decoders raise almost anything. Whatever it is, the file is bad, and the
+    # message of the exception may quote a patient's field: only its type is told.
+    try:
+        with warnings.catch_warnings(), pydicom.config.disable_value_validation():
+            warnings.simplefilter("ignore")
+            return read()
+    except Refused:
+        raise
+    except Exception as error:
+        raise Refused(f"{reason} ({type(error).__name__})") from error
+
+
+def _parse(path, with_pixels):
+    def read():
+        dataset = _dataset(path, with_pixels)
+        return dataset, _slices(path, dataset)
+
+    return guarded(read, "cannot be parsed as DICOM; is it damaged?")
+
+
+def _dataset(path, with_pixels):
+    with open(path, "rb") as file:
+        head = file.read(132)
+    if not head:
+        raise Refused("is empty (0 bytes)")
+    if CMS_ENVELOPE in head:
+        raise Refused("is encrypted (a CMS envelope): decrypt it first")
+    # Old files lack the preamble and start with their first element, of group 2 or 8.
+    if head[128:] != b"DICM" and head[:2] not in (b"\x02\x00", b"\x08\x00"):
+        raise Refused("is not an image this program reads (DICOM, NIfTI, .npy or 16-bit PNG)")
+    dataset = pydicom.dcmread(path, stop_before_pixels=not with_pixels, force=True)
+    if "TransferSyntaxUID" not in dataset.file_meta:
+        implicit = dataset.original_encoding[0]
+        dataset.file_meta.TransferSyntaxUID = ImplicitVRLittleEndian if implicit else ExplicitVRLittleEndian
+    return dataset
+
+
+def _slices(path, dataset):
+    _check_kind(dataset)
+    _check_pixel_format(path, dataset)
+    patient = next((text for key in ("PatientID", "PatientName", "StudyInstanceUID", "SeriesInstanceUID")
+                    if (text := str(dataset.get(key) or "").strip())), None)
+    if patient is None or not dataset.get("SeriesInstanceUID"):
+        raise Refused("has no SeriesInstanceUID, or nothing that tells its patient")
+    # A word of a name is hidden from two letters on, a number only from four: shorter ones are in every file name.
+    words = [str(dataset.get("PatientID") or ""), *re.split(r"[\^=\s]+", str(dataset.get("PatientName") or ""))]
+    names = tuple(word for word in words if len(word) >= (2 if word.isalpha() else 4))
+    return [_slice(path, dataset, frame, patient, names) for frame in range(int(dataset.get("NumberOfFrames") or 1))]
+
+
+def _check_kind(dataset):
+    if dataset.file_meta.get("MediaStorageSOPClassUID") == MediaStorageDirectoryStorage:
+        raise LeftOut("is a DICOMDIR, an index of other files")
+    if "EncryptedAttributesSequence" in dataset:
+        raise Refused("has encrypted attributes: decrypt it first")
+    modality = re.sub(r"\W", "", str(dataset.get("Modality") or ""))[:8]
+    if modality != "CT":
+        raise Refused(f"has modality {modality or 'none'}, expected CT")
+    kind = dataset.get("ImageType") or []
+    kind = {str(word).upper() for word in ([kind] if isinstance(kind, str) else kind)}
+    if kind & LOCALISERS:
+        raise LeftOut("is a localiser")
+    # Lossy compression alone makes an image DERIVED too; that one is still an axial slice and is kept, with a warning.
+    if "SECONDARY" in kind or ("DERIVED" in kind and not _is_lossy(dataset)):
+        raise LeftOut("is a derived or secondary image, not one the scanner reconstructed")
+
+
+def _is_lossy(dataset):
+    syntax = str(dataset.file_meta.TransferSyntaxUID)
+    return dataset.get("LossyImageCompression") == "01" or bool(LOSSY_SYNTAX.match(syntax))
+
+
+def _check_pixel_format(path, dataset):
+    rows, columns = dataset.get("Rows"), dataset.get("Columns")
+    if not rows or not columns:
+        raise Refused("holds no image (no Rows or Columns)")
+    grey = str(dataset.get("PhotometricInterpretation")).startswith("MONOCHROME")
+    if dataset.get("SamplesPerPixel", 1) != 1 or not grey:
+        raise Refused("is a colour image; one grey channel of HU is expected")
+    if rows != columns or rows > MAX_SIDE:
+        raise Refused(f"is {rows} x {columns} pixels, expected square and at most {MAX_SIDE}: pad or crop it first")
+    allocated, stored, high = (dataset.get(key) for key in ("BitsAllocated", "BitsStored", "HighBit"))
+    if allocated not in (16, 32) or stored is None or not 8 <= stored <= allocated or high != stored - 1:
+        raise Refused(f"has {stored} bits of {allocated}, high bit {high}; expected 8 to 16 of 16, high bit the last")
+    if str(dataset.get("RescaleType") or "HU").strip() not in ("HU", "US"):
+        raise Refused("has a RescaleType other than HU")
+    frames, syntax = int(dataset.get("NumberOfFrames") or 1), dataset.file_meta.TransferSyntaxUID
+    groups = dataset.get("PerFrameFunctionalGroupsSequence") or []
+    if frames > 1 and frames != len(groups):
+        raise Refused(f"holds {frames} frames but positions for {len(groups)}; expected an enhanced CT")
+    plain = syntax.is_transfer_syntax and not (syntax.is_compressed or syntax.is_deflated)
+    needed = rows * columns * allocated // 8 * frames
+    if plain and os.path.getsize(path) < needed:
+        raise Refused(f"is truncated: {os.path.getsize(path)} bytes, its pixels alone need {needed}")
+
+
+def _slice(path, dataset, frame, patient, names):
+    def numbers(group, keyword, count):
+        value = _find(dataset, frame, group, keyword)
+        if value is None or value == "":
+            raise Refused(f"has no {keyword}")
+        found = [float(number) for number in (value if count > 1 else [value])]
+        if len(found) != count or not all(map(math.isfinite, found)):
+            raise Refused(f"has {keyword} {found}, expected {count} finite number{'s' * (count > 1)}")
+        return found
+
+    slope, = numbers("PixelValueTransformationSequence", "RescaleSlope", 1)
+    intercept, = numbers("PixelValueTransformationSequence", "RescaleIntercept", 1)
+    if not 0.01 <= slope <= 100 or abs(intercept) > 65536:
+        raise Refused(f"has rescale slope {slope:g} and intercept {intercept:g}: no CT has; HU cannot be trusted")
+    spacing = numbers("PixelMeasuresSequence", "PixelSpacing", 2)
+    if not 0.05 <= min(spacing) <= max(spacing) <= 10 or max(spacing) > 1.01 * min(spacing):
+        raise Refused(f"has PixelSpacing {spacing} mm, expected two equal numbers between 0.05 and 10")
+    orientation = numbers("PlaneOrientationSequence", "ImageOrientationPatient", 6)
+    check_axial(orientation)
+    normal = np.cross(orientation[:3], orientation[3:])
+    position = np.dot(numbers("PlanePositionSequence", "ImagePositionPatient", 3), normal * np.sign(normal[2]))
+    kernel = _find(dataset, frame, "CTReconstructionSequence", "ConvolutionKernel") or ""
+    kernel = kernel if isinstance(kernel, str) else "/".join(map(str, kernel))
+    return Slice(
+        path=path,
+        frame=frame,
+        patient=patient,
+        series=str(dataset.SeriesInstanceUID),
+        position=float(position),
+        number=int(dataset.get("InstanceNumber") or 0),
+        size=int(dataset.Rows),
+        spacing=spacing[0],
+        kernel=re.sub(r"[^\w .,/+-]", "", kernel)[:32],
+        names=names,
+        warning="was compressed with loss; kept" if _is_lossy(dataset) else "",
+        slope=slope,
+        intercept=intercept,
+        orientation=tuple(orientation),
+    )
+
+
+def _find(dataset, frame, group, keyword):
+    # A multi-frame file keeps a value with the frame, or once for all frames; a single-frame file at the top.
+    for sequence, index in (("PerFrameFunctionalGroupsSequence", frame), ("SharedFunctionalGroupsSequence", 0)):
+        items = dataset.get(sequence) or []
+        if index < len(items) and items[index].get(group):
+            return items[index].get(group)[0].get(keyword)
+    return dataset.get(keyword)

@@ -1,0 +1,432 @@
+"""CT of any layout to HU slices for training: `python -m datasets.prepare INPUT... --out DIR`.
+
+Reads DICOM, NIfTI, .npy (HU) and 16-bit PNG (value - 1024 = HU), in any mixture of folders. Writes int16 HU to
+DIR/{train,val,test}_img/<patient>_<nnn>.npy, a manifest.csv in each of these folders, and DIR/report.csv, which names
+every file that was refused, left out or is odd, with the reason. Splits are by patient.
+
+The same command again does only what is missing. Patients' names and IDs become pseudonyms, in file names and where
+a path repeats them, unless --keep-names. A pseudonym is a hash of the ID: it hides a name from a reader, not from
+someone who has a list of IDs to try.
+
+Exit status: 0; 1 when something was refused (the rest is written) or nothing could be done; 130 when interrupted.
+"""
+
+import argparse
+import csv
+import hashlib
+import json
+import multiprocessing
+import os
+import re
+import stat
+import sys
+from collections import defaultdict
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+from tqdm import tqdm
+
+from datasets.dicom import LeftOut, Refused, Slice, check_axial, guarded, order_series, read_header, read_hu
+from datasets.slices import patient_of, patients_of
+from utils.files import atomic
+from utils.units import HU_RANGE
+
+SPLITS = ("train", "val", "test")
+COLUMNS = ("file", "patient", "index", "series", "position", "spacing_mm", "kernel", "source", "sha256")
+COMPANIONS = {"LICENSE", "NOTICE", "README.md", "metadata.csv", "index.csv", "manifest.csv", "report.csv", ".DS_Store"}
+
+
+@dataclass(frozen=True)
+class Output:
+    """One file to write: OUT/folder/name from slices in order, of the patient of that label."""
+
+    folder: str
+    name: str
+    patient: str
+    slices: list[Slice]
+
+
+def resize_hu(hu: np.ndarray, size: int) -> np.ndarray:
+    """(H, H) HU, any real dtype, to (size, size) int16, clipped to [-1024, 3071] before any averaging.
+
+    From 2 * size it is the 2x2 mean rounded to integer HU (AAPM protocol); any other ratio is resampled by a triangle
+    as wide as the larger of the two pixels, which does not alias. Both keep the field of view. Raises Refused for NaN.
+    """
+    hu = np.asarray(hu, np.float32)
+    if not np.isfinite(hu).all():
+        raise Refused("contains NaN or infinity")
+    hu = hu.clip(*HU_RANGE)
+    if len(hu) == 2 * size:
+        hu = hu.reshape(size, 2, size, 2).mean((1, 3))
+    elif len(hu) != size:
+        hu = np.asarray(Image.fromarray(hu).resize((size, size), Image.Resampling.BILINEAR))
+    return np.rint(hu).astype(np.int16)
+
+
+def is_nifti(path: str) -> bool:
+    return path.lower().endswith((".nii", ".nii.gz"))
+
+
+def is_array(path: str) -> bool:
+    return path.lower().endswith((".npy", ".png"))
+
+
+@lru_cache(maxsize=1)  # the slices of a volume are asked for one after the other
+def load(path: str) -> np.ndarray:
+    """All slices of a file of any format: (N, H, W) HU, not yet clipped. Raises Refused or LeftOut."""
+    if is_nifti(path):
+        return guarded(lambda: _load_nifti(path), "cannot be read as NIfTI; is it damaged?")
+    if is_array(path):
+        return guarded(lambda: _load_array(path), "cannot be read; is it truncated or damaged?")
+    return read_hu(path)
+
+
+def _load_nifti(path):
+    import nibabel  # here and below: only these inputs need it, and it is slow to import
+
+    volume = np.asanyarray(nibabel.as_closest_canonical(nibabel.load(path)).dataobj)
+    volume = volume.reshape(volume.shape[:3])
+    return volume[::-1, ::-1].transpose(2, 1, 0)  # canonical is right, front, head; slices are (head, back, left)
+
+
+def _load_array(path):
+    if path.lower().endswith(".png"):
+        with Image.open(path) as image:
+            if not image.mode.startswith("I"):
+                raise Refused(f"is a PNG of mode {image.mode}; expected 16-bit grey, where value - 1024 = HU")
+            array = np.asarray(image).astype(np.int32) - 1024
+    else:
+        array = np.load(path, mmap_mode="r", allow_pickle=False)
+    if array.ndim not in (2, 3) or array.dtype.kind not in "iuf" or not array.size:
+        raise Refused(f"holds {array.dtype} of shape {array.shape}; expected HU, one slice (H, H) or several (N, H, H)")
+    return array.reshape(-1, *array.shape[-2:])
+
+
+def scan(path: str) -> list[Slice]:
+    """The slices of a file of any format, without pixels where possible. Raises Refused or LeftOut."""
+    if is_nifti(path):
+        return guarded(lambda: _scan_nifti(path), "cannot be read as NIfTI; is it damaged?")
+    if not is_array(path):
+        return read_header(path)
+    count, rows, columns = load(path).shape
+    if rows != columns:
+        raise Refused(f"is {rows} x {columns} pixels, expected square: pad or crop it first")
+    digits = re.search(r"(\d{1,9})$", Path(path).stem)
+    first = int(digits[0]) if digits and count == 1 else 0
+    return [Slice(path, frame, number=first + frame, size=rows) for frame in range(count)]
+
+
+def _scan_nifti(path):
+    import nibabel
+
+    image = nibabel.load(path)
+    if len(image.shape) < 3 or np.prod(image.shape[3:]) != 1 or image.get_data_dtype().kind not in "iuf":
+        raise Refused(f"holds {image.get_data_dtype()} of shape {image.shape}; expected one 3-D volume of HU")
+    turn = nibabel.io_orientation(image.affine)
+    shape = np.array(image.shape[:3])[np.argsort(turn[:, 0])]
+    affine = image.affine @ nibabel.orientations.inv_ornt_aff(turn, image.shape[:3])
+    spacing = nibabel.affines.voxel_sizes(affine)
+    check_axial((affine[:3, :2] / spacing[:2]).T.ravel())
+    if shape[0] != shape[1] or not 0.05 <= min(spacing[:2]) <= max(spacing[:2]) <= min(10, 1.01 * min(spacing[:2])):
+        raise Refused(f"has {shape[0]} x {shape[1]} pixels of {spacing[0]:g} x {spacing[1]:g} mm; expected square ones")
+    # The file need not say how it lies; nibabel then assumes an orientation.
+    known = image.header.get("sform_code", 1) > 0 or image.header.get("qform_code", 1) > 0
+    warning = "" if known else "does not say how the patient lies; the orientation may be wrong"
+    return [Slice(path, frame, number=frame, size=int(shape[0]), spacing=float(spacing[0]), warning=warning,
+                  position=float(affine[2, 3] + frame * affine[2, 2])) for frame in range(shape[2])]
+
+
+def examine(path: str) -> tuple[list[Slice], list[tuple[str, str, str]]]:
+    """`scan` that returns what is wrong as (path, status, reason) instead of raising it."""
+    try:
+        slices = scan(path)
+    except LeftOut as error:
+        return [], [(path, "left out", str(error))]
+    except Refused as error:
+        status = "left out" if os.path.basename(path) in COMPANIONS else "refused"
+        return [], [(path, status, str(error))]
+    return slices, [(path, "warning", slices[0].warning)] if slices[0].warning else []
+
+
+def convert(task: tuple[list[tuple[str, list[Slice]]], int, bool]) -> list[tuple[list[Slice], str, list]]:
+    """Write the files of one task that are missing: for each (slices it holds, sha256, problems).
+
+    task: ([(file to write, its slices in order)], size, whether the files are volumes).
+    """
+    outputs, size, volumes = task
+    results, failed = [], {}  # a file that fails once is not decoded again for its other slices
+    for target, slices in outputs:
+        problems, kept = [], list(slices)
+        if not os.path.exists(target) or volumes and len(np.load(target, mmap_mode="r")) < len(slices):
+            images = []
+            for one in slices:
+                try:
+                    if one.path in failed:
+                        raise failed[one.path]
+                    images.append(resize_hu(load(one.path)[one.frame], size))
+                except Refused as error:
+                    failed[one.path] = error
+                    problems.append((one.path, "refused", str(error)))
+                    kept.remove(one)
+            if not images:
+                results.append(([], "", problems))
+                continue
+            with atomic(target) as partial, open(partial, "wb") as file:
+                np.save(file, np.stack(images) if volumes else images[0])
+        smallest = np.load(target, mmap_mode="r").min()
+        if smallest > -500:
+            problems.append((kept[0].path, "warning", f"has no air, its smallest value is {smallest}: is it in HU?"))
+        results.append((kept, hashlib.sha256(Path(target).read_bytes()).hexdigest(), problems))
+    return results
+
+
+def write_table(path: Path, header: tuple[str, ...], rows: list) -> None:
+    """Write a CSV file. Bytes of a path that are no text are escaped."""
+    with atomic(path) as partial, open(partial, "w", newline="", encoding="utf-8", errors="backslashreplace") as file:
+        csv.writer(file, lineterminator="\n").writerows([header, *rows])
+
+
+def parallel(function, tasks: list, workers: int, title: str) -> list:
+    """[function(task) for task in tasks] over processes; None for a task whose process died: its decoder crashed."""
+    forkserver = "forkserver" in multiprocessing.get_all_start_methods()
+    context = multiprocessing.get_context("forkserver" if forkserver else "spawn")
+    if forkserver:
+        context.set_forkserver_preload(["datasets.dicom"])  # so that a process starts in milliseconds
+    results = {}
+
+    def attempt(indices, count):
+        with ProcessPoolExecutor(count, context) as pool:
+            futures = {pool.submit(function, tasks[i]): i for i in indices}
+            try:
+                for future in as_completed(futures):
+                    results[futures[future]] = future.result()
+                    bar.update()
+            except BrokenProcessPool:
+                pass  # what it had under way is not in results: the loop below finds the culprit
+            finally:
+                pool.shutdown(cancel_futures=True)
+
+    with tqdm(total=len(tasks), desc=title, disable=None) as bar:
+        while waiting := [i for i in range(len(tasks)) if i not in results]:
+            attempt(waiting, workers)
+            suspects = [i for i in waiting if i not in results][: 2 * workers + 2]
+            for i in suspects:  # what was under way when a process died: each gets a process of its own
+                attempt([i], 1)
+                results.setdefault(i, None)
+    return [results[i] for i in range(len(tasks))]
+
+
+def find_files(inputs: list[str], out: Path) -> tuple[dict[str, str], list[tuple[str, str, str]]]:
+    """All files below the inputs but not below `out`: ({path: path from the input's parent}, problems).
+
+    Links are followed; one that leads back to a folder already read is refused, so loops end.
+    """
+    files, problems, links = {}, [], []
+    seen = {(out.stat().st_dev, out.stat().st_ino)} if out.is_dir() else set()
+    stack = [(str(path), Path(os.path.abspath(path)).name) for path in inputs]
+    while stack or links:  # links last: one never hides the folder that it leads to
+        path, shown = stack.pop() if stack else links.pop()
+        try:
+            info = os.stat(path)
+            if stat.S_ISREG(info.st_mode):
+                files[path] = shown
+            elif not stat.S_ISDIR(info.st_mode):
+                problems.append((path, "refused", "is neither a file nor a folder"))
+            elif (info.st_dev, info.st_ino) not in seen:
+                seen.add((info.st_dev, info.st_ino))
+                for name in os.listdir(path):
+                    child = os.path.join(path, name)
+                    (links if os.path.islink(child) else stack).append((child, f"{shown}/{name}"))
+            elif os.path.islink(path):
+                problems.append((path, "refused", "is a link that leads back to a folder already read"))
+        except OSError as error:
+            problems.append((path, "refused", f"cannot be read ({error.strerror})"))
+    return dict(sorted(files.items())), problems
+
+
+def name_patients(slices: list[Slice]) -> list[Slice]:
+    """Fill in patient and series of slices from files that do not say: from a manifest.csv beside them, or the name.
+
+    A volume is a patient of its own; of slices, `case_012` belongs to `case`, and a bare number to its folder.
+    """
+    paths = [Path(path) for path in sorted({one.path for one in slices if not one.patient})]
+    volumes = {one.path for one in slices if one.frame}
+    patients = {}
+    for path, patient in zip(paths, patients_of(paths), strict=True):
+        stem = re.sub(r"\.nii$", "", path.stem, flags=re.I)
+        if patient == patient_of(path.name):  # no manifest says otherwise
+            if str(path) in volumes or is_nifti(str(path)):
+                patient = stem
+            elif stem.isdigit():
+                patient = Path(os.path.abspath(path)).parent.name
+        series = str(path) if str(path) in volumes else f"{path.parent}/{patient}"
+        patients[str(path)] = {"patient": patient, "series": series, "names": (patient,) * (len(patient) >= 4)}
+    return [one if one.patient else replace(one, **patients[one.path]) for one in slices]
+
+
+def pseudonym(text: str, kind: str, keep: bool) -> str:
+    """A name safe for files: `kind`-hash, or with `keep` the text itself, made unique where it had to be cleaned."""
+    code = hashlib.sha256(text.encode(errors="backslashreplace")).hexdigest()
+    clean = re.sub(r"[^A-Za-z0-9_-]+", "-", text).strip("-")[:64]
+    return f"{kind}-{code[:10]}" if not keep else clean if clean == text else f"{clean or kind}-{code[:6]}"
+
+
+def hider(slices: list[Slice], keep: bool):
+    """A function that puts pseudonyms in place of the patients' names and IDs in a text."""
+    words = {name.lower(): one.patient for one in slices for name in one.names if not keep}
+    choices = "|".join(re.escape(word) for word in sorted(words, key=len, reverse=True))
+    pattern = re.compile(rf"(?<![A-Za-z0-9])({choices})(?![A-Za-z0-9])", re.I)
+    return lambda text: pattern.sub(lambda m: pseudonym(words[m[0].lower()], "patient", keep), text) if words else text
+
+
+def split_patients(patients: list[str], split: list[str], seed: int) -> dict[str, str]:
+    """{patient: train, val or test}, by three fractions or lists `train=A,B` (`*`: all others). Exits on nonsense.
+
+    With fractions the order is a hash of (seed, patient), and a part that is wanted gets a patient if there are enough.
+    """
+    named = dict(item.partition("=")[::2] for item in split)
+    if set(named) <= set(SPLITS) and len(named) == len(split):
+        part_of = {patient: part for part, names in named.items() for patient in names.split(",")}
+        if missing := set(part_of) - {"*", *patients}:
+            sys.exit(f"--split names {', '.join(sorted(missing))}, which the input does not hold; nothing was written.")
+        return {patient: part for patient in patients if (part := part_of.get(patient, part_of.get("*")))}
+    try:
+        shares = [float(item) for item in split]
+    except ValueError:
+        shares = []
+    if len(shares) != 3 or min(shares) < 0 or not abs(sum(shares) - 1) < 1e-6:
+        sys.exit(f"--split is {' '.join(split)}; expected three fractions that add up to 1, or lists like "
+                 "train=* val=A test=B,C.")
+    wanted = sorted((part for part in range(3) if shares[part]), key=lambda part: -shares[part])[: len(patients)]
+    counts = [max(1, round(shares[part] * len(patients))) if part in wanted else 0 for part in range(3)]
+    if wanted:
+        counts[wanted[0]] += len(patients) - sum(counts)
+    order = sorted(patients, key=lambda patient: hashlib.sha256(f"{seed} {patient}".encode()).hexdigest())
+    return dict(zip(order, np.repeat(SPLITS, counts).tolist(), strict=True))
+
+
+def check_resume(out: Path, outputs: list[Output], shown: dict[str, str], options: dict) -> None:
+    """Record what OUT will hold; exit with a sentence where it holds something else already."""
+    def identity(one):
+        files = [f"{shown[s.path]} {os.path.getsize(s.path)} {s.frame}" for s in one.slices]
+        return hashlib.sha256("\n".join(files).encode(errors="backslashreplace")).hexdigest()[:16]
+
+    plan = {f"{one.folder}/{one.name}": identity(one) for one in outputs}
+    record = out / "prepare.json"
+    before = json.loads(record.read_text()) if record.is_file() else {"options": options, "outputs": {}}
+    if changed := [key for key in options if options[key] != before["options"].get(key)]:
+        sys.exit(f"{out} was made with another {', '.join(changed)}; repeat those options, or choose another --out.")
+    there = [f"{path.parent.name}/{path.name}" for part in SPLITS for path in (out / f"{part}_img").glob("*.npy")]
+    if other := [name for name in there if plan.get(name, "") != before["outputs"].get(name)]:
+        sys.exit(f"{out} holds {len(other)} file(s) made from other input, such as {min(other)}; choose another --out.")
+    with atomic(record) as partial:
+        partial.write_text(json.dumps({"options": options, "outputs": plan}, indent=0))
+
+
+def write_all(outputs: list[Output], out: Path, shown: dict, options: dict, workers: int, problems: list, hide) -> int:
+    """Convert what is missing and write manifests and report; the exit status. options: size, volumes and the like."""
+    out.mkdir(parents=True, exist_ok=True)
+    if outputs:
+        check_resume(out, outputs, shown, options)
+    tasks = defaultdict(list)  # one file's slices go together: it is decoded once
+    for one in outputs:
+        (out / one.folder).mkdir(exist_ok=True)
+        tasks[one.name if options["volumes"] else one.slices[0].path].append(one)
+    jobs = [([(str(out / one.folder / one.name), one.slices) for one in group], options["size"], options["volumes"])
+            for group in tasks.values()]
+    rows = defaultdict(list)
+    for group, results in zip(tasks.values(), parallel(convert, jobs, workers, "Writing slices"), strict=True):
+        if results is None:
+            results = [(one.slices[:0], "", [(one.slices[0].path, "refused", "crashed its decoder")]) for one in group]
+        for one, (kept, sha256, found) in zip(group, results, strict=True):
+            problems += found
+            rows[one.folder] += [
+                (one.name, one.patient, index, pseudonym(s.series, "series", options["keep_names"]),
+                 "" if s.position is None else round(s.position, 4),
+                 "" if s.spacing is None else round(s.spacing * s.size / options["size"], 6),
+                 s.kernel, hide(shown[s.path]), sha256) for index, s in enumerate(kept)]
+    for folder, lines in sorted(rows.items()):
+        write_table(out / folder / "manifest.csv", COLUMNS, sorted(lines, key=lambda line: (line[0], line[2])))
+        print(f"{out / folder}: {len(lines)} slices of {len({line[1] for line in lines})} patient(s)")
+    report = sorted({(hide(shown.get(path, path)), status, reason) for path, status, reason in problems})
+    write_table(out / "report.csv", ("file", "status", "reason"), report)
+    for status, title in (("refused", "refused"), ("left out", "left out"), ("warning", "kept with a warning")):
+        if count := sum(line[1] == status for line in report):
+            print(f"{count} {title}: see {out / 'report.csv'}", file=sys.stderr)
+    if not any(rows.values()):
+        print(f"No slices were written: no usable image in the input ({out / 'report.csv'}).", file=sys.stderr)
+    return int(not any(rows.values()) or any(status == "refused" for _, status, _ in report))
+
+
+def read_headers(inputs: list[str], out: Path, workers: int) -> tuple[list[Slice], dict[str, str], list]:
+    """(slices, {path: how it is shown}, problems) of all files below the inputs."""
+    files, problems = find_files(inputs, out)
+    found = parallel(examine, list(files), workers, "Reading headers")
+    crashed = [(path, "refused", "crashed its reader") for path, one in zip(files, found, strict=True) if one is None]
+    found = [one for one in found if one]
+    return [s for one in found for s in one[0]], files, problems + crashed + [p for one in found for p in one[1]]
+
+
+def prepare(inputs: list[str], out: Path, size: int, split: list[str], seed: int, volumes: bool, keep_names: bool,
+            workers: int) -> int:
+    """The whole of `python -m datasets.prepare`; returns the exit status."""
+    slices, shown, problems = read_headers(inputs, out, workers)
+    slices = name_patients(slices)
+    part_of = split_patients(sorted({one.patient for one in slices}), split, seed)
+    series = defaultdict(lambda: defaultdict(list))
+    for one in slices:
+        series[one.patient][one.series].append(one)
+    outputs = []
+    for patient, members in sorted(series.items()):
+        ordered = []
+        for _, found in sorted(members.items()):
+            kept, notes = order_series(found)
+            problems += notes
+            ordered += [kept] if volumes else [[one] for one in kept]
+        if patient not in part_of:
+            problems += [(group[0].path, "left out", "is of a patient in no list of --split") for group in ordered]
+            continue
+        label, digits = pseudonym(patient, "patient", keep_names), max(3, len(str(len(ordered) - 1)))
+        outputs += [Output(f"{part_of[patient]}_img", f"{label}_{index:0{digits}d}.npy", label, group)
+                    for index, group in enumerate(ordered)]
+    options = {"size": size, "split": split, "seed": seed, "volumes": volumes, "keep_names": keep_names}
+    return write_all(outputs, out, shown, options, workers, problems, hider(slices, keep_names))
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        "python -m datasets.prepare", description=__doc__.split("\n\n")[1], fromfile_prefix_chars="@",
+        epilog="@FILE stands for the arguments in FILE, one a line.")
+    parser.add_argument("inputs", metavar="INPUT", nargs="+", help="a file or a folder of any layout")
+    parser.add_argument("--out", metavar="DIR", type=Path, required=True, help="where the slices go")
+    parser.add_argument("--size", type=int, default=256, help="side of a slice in pixels (default: %(default)s)")
+    parser.add_argument("--split", nargs="+", default=["0.8", "0.1", "0.1"], metavar="PART",
+                        help="fractions of patients for train, val and test (default: 0.8 0.1 0.1), or lists of "
+                             "patients' IDs: train=* val=A test=B,C, where * stands for all others")
+    parser.add_argument("--seed", type=int, default=0, help="which patients go where with fractions")
+    parser.add_argument("--volumes", action="store_true",
+                        help="one (slices, size, size) array a series, to be memory-mapped, instead of a file a slice")
+    parser.add_argument("--keep-names", action="store_true", help="patients' IDs in file names and tables")
+    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes (default: all cores)")
+    args = parser.parse_args(argv)
+    if not 8 <= args.size <= 4096 or args.workers < 1:
+        parser.error("--size must lie between 8 and 4096, --workers must be at least 1")
+    return run(prepare, **vars(args))
+
+
+def run(function, out: Path, **arguments) -> int:
+    """Call function(out=..., ...); an interruption ends with a sentence and status 130."""
+    try:
+        return function(out=out, **arguments)
+    except KeyboardInterrupt:
+        print(f"\nInterrupted. What {out} holds is whole; the same command does the rest.", file=sys.stderr)
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,45 @@
+"""Metrics against reference values, units."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from utils.metrics import measure, ssim
+from utils.units import hu_to_mu, mu_to_hu, window
+
+CASES = json.loads((Path(__file__).parent / "golden" / "metrics.json").read_text())
+
+
+def pair(seed):
+    yy, xx = np.mgrid[0:96, 0:96] / 96
+    inside = (xx - 0.5) ** 2 + (yy - 0.5) ** 2
+    truth = -1000 + 1100 * (inside < 0.16) + 300 * np.sin(9 * xx + seed) * np.cos(7 * yy) * (inside < 0.12)
+    truth = truth.astype(np.float32)
+    noise = np.random.default_rng(seed).standard_normal(truth.shape).astype(np.float32)
+    estimate = truth + noise * (5 + 40 * seed)
+    return tuple(hu_to_mu(torch.from_numpy(np.float32(x)))[None, None] for x in (estimate, truth))
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda c: f"{c['seed']}-W{c['width']}")
+def test_reference_values(case):
+    found = measure(*pair(case["seed"]), case["width"], case["center"])
+    assert found["rmse_hu"].item() / case["width"] == pytest.approx(case["rmse"], abs=1e-6)
+    assert found["psnr"].item() == pytest.approx(case["psnr"], abs=1e-4)
+    assert found["ssim"].item() == pytest.approx(case["ssim"], abs=1e-5)
+
+
+def test_units_and_window():
+    hu = torch.tensor([-1024.0, 0.0, 3071.0])
+    torch.testing.assert_close(mu_to_hu(hu_to_mu(hu)), hu, atol=1e-3, rtol=0)
+    assert hu_to_mu(torch.tensor(0.0)) == torch.tensor(0.192)
+    torch.testing.assert_close(window(hu_to_mu(torch.tensor([-2000.0, -1000.0, 500.0, 3000.0])), 3000, 500),
+                               torch.tensor([0.0, 0.0, 0.5, 1.0]))
+
+
+def test_ssim_is_one_for_equal_images_and_symmetric():
+    a, b = torch.rand(2, 1, 32, 32), torch.rand(2, 1, 32, 32)
+    torch.testing.assert_close(ssim(a, a), torch.ones(2))
+    torch.testing.assert_close(ssim(a, b), ssim(b, a))

@@ -1,0 +1,91 @@
+"""Samplers: the published traces call for call, batches against single slices, limits."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from models.degradation import LEVELS, Degradation, levels_for
+from models.samplers import SAMPLERS, fbp, one_step, sequential, spdps
+
+TRACES = json.loads((Path(__file__).parent / "golden" / "spdps_traces.json").read_text())
+
+
+class Recorder:
+    """Stands in for the network and D: estimates count the calls, degradations are noted."""
+
+    def __init__(self):
+        self.levels, self.degradations = [], []
+
+    def denoise(self, x_t, views):
+        self.levels.append(LEVELS.index(views[0]))
+        return torch.full_like(x_t, len(self.levels))
+
+    def shift(self, x_t, x0_hat, n_t, n_s):
+        self.degradations += [[len(self.levels), n_t[0]], [len(self.levels), n_s[0]]]
+        return x_t
+
+
+@pytest.mark.parametrize("trace", TRACES, ids=range(len(TRACES)))
+def test_spdps_reproduces_the_published_traces(trace):
+    recorder, scripted = Recorder(), iter(trace["ssim"])
+    out, nfe = spdps(recorder.denoise, recorder, torch.zeros(1, 1, 8, 8), LEVELS[:trace["t_start"] + 1],
+                     semantic_budget=trace["semantic_budget"], refine_steps=trace["refine_steps"],
+                     similarity=lambda a, b: torch.tensor([next(scripted)]))
+    assert recorder.levels == trace["levels"]
+    assert nfe == [trace["nfe"]]
+    assert recorder.degradations == trace["degrade"]
+    assert (out == trace["nfe"]).all(), "the last estimate is what is returned"
+
+
+def test_spdps_that_never_settles_ends_at_the_densest_level():
+    recorder = Recorder()
+    _, nfe = spdps(recorder.denoise, recorder, torch.zeros(1, 1, 8, 8), LEVELS, similarity=lambda a, b: torch.zeros(1))
+    assert recorder.levels == [7, 6, 5, 4, 3, 2, 1, 0] and nfe == [8]
+
+
+def test_spdps_from_the_densest_level_is_one_call():
+    recorder = Recorder()
+    _, nfe = spdps(recorder.denoise, recorder, torch.zeros(2, 1, 8, 8), levels_for(288))
+    assert nfe == [1, 1] and recorder.degradations == []
+
+
+def smooth(x_t, views):
+    """A stand-in for a network that moves different slices by different amounts."""
+    blurred = torch.nn.functional.avg_pool2d(x_t, 5, 1, 2)
+    return torch.where(x_t.amax(dim=(1, 2, 3), keepdim=True) > 0.35, blurred, 0.9 * x_t + 0.1 * blurred)
+
+
+@pytest.fixture(scope="module")
+def slices():
+    generator = torch.Generator().manual_seed(0)
+    x = torch.nn.functional.interpolate(torch.rand(8, 1, 6, 6, generator=generator), size=64, mode="bicubic")
+    return Degradation()(x.clamp(0, 1) * torch.linspace(0.1, 0.5, 8).view(8, 1, 1, 1), 18)
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_a_batch_gives_what_its_slices_give_alone(name, slices):
+    options = {"tau": 0.9} if name == "spdps" else {}
+    degrade, levels = Degradation(), levels_for(18)
+    together, nfe = SAMPLERS[name](smooth, degrade, slices, levels, **options)
+    alone = [SAMPLERS[name](smooth, degrade, slices[i:i + 1], levels, **options) for i in range(8)]
+    assert nfe == [calls for _, (calls,) in alone]
+    if name == "spdps":
+        assert len(set(nfe)) > 1, "the case must make slices differ in their number of calls"
+    for i, (x, _) in enumerate(alone):
+        assert (together[i] - x[0]).norm() <= 1e-5 * x.norm()
+
+
+def test_callback_sees_every_call(slices):
+    seen = []
+    _, nfe = spdps(smooth, Degradation(), slices, levels_for(18), lambda i, v, x: seen.extend(i), tau=0.9)
+    assert [seen.count(i) for i in range(8)] == nfe
+
+
+def test_a_perfect_network_is_recovered_by_every_chain(slices):
+    truth = slices * 0.7
+    for sampler in (one_step, sequential, spdps):
+        out, _ = sampler(lambda x, views: truth[:len(x)], Degradation(), slices, levels_for(36))
+        torch.testing.assert_close(out, truth)
+    assert fbp(None, None, slices, levels_for(18))[0] is slices

@@ -1,0 +1,144 @@
+"""Training at the command line: what it writes, resuming bit for bit, schedules, bad input."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, run, write_slices
+from safetensors.torch import load_file
+
+import train
+from models.checkpoint import load_checkpoint
+from models.degradation import LEVELS, Degradation
+from models.epct import compose_input
+from models.presets import PRESETS
+from models.unet import UNet, UNetConfig
+
+FAST = ["--preset", "tiny", "--device", "cpu", "--images", "48", "--epct-start", "6", "--ema-start", "4", "--precision",
+        "fp32", "--val-every", "16", "--save-every", "8", "--val-slices", "2"]
+
+
+def test_train_writes_a_checkpoint_with_its_configuration(data, tmp_path):
+    out = tmp_path / "out"
+    text = run("train.py", *FAST, "--data", data, "--out", out)
+    assert "48 images" in text
+    network, header = load_checkpoint(out / "checkpoint.safetensors")
+    assert header["images"] == 48 and header["levels"] == list(LEVELS) and header["protocol"] == "cvg"
+    assert header["training"]["seed"] == 3407 and header["preset"] == "tiny" and not network.training
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert {"val18/spdps/psnr", "val18/one-step/ssim"} <= {key for line in lines for key in line}
+    assert len(list(out.glob("state-*.pt"))) == 2
+    assert list(out.glob("events.out.tfevents*"))
+
+
+def test_learning_lowers_the_loss(data, tmp_path):
+    run("train.py", *FAST, "--data", data, "--out", tmp_path / "out", "--images", "400", "--warmup", "20",
+        "--val-every", "400", "--save-every", "400", "--epct-start", "1000", "--augment")
+    losses = [json.loads(line) for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
+    losses = [line["loss/restore"] for line in losses if "loss/restore" in line]
+    assert losses[-1] < 0.6 * losses[0]
+
+
+def test_killed_and_restarted_ends_bit_identical(data, tmp_path):
+    command = ["train.py", *FAST, "--data", data]
+    run(*command, "--out", tmp_path / "whole")
+    out, rng = tmp_path / "killed", random.Random(0)
+    for _ in range(3):
+        process = subprocess.Popen([sys.executable, *map(str, command), "--out", str(out)], cwd=ROOT,
+                                   stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+                                   env={**os.environ, "OMP_NUM_THREADS": "2"})
+        before = len(list(out.glob("state-*.pt")))
+        deadline = time.time() + 60
+        while process.poll() is None and time.time() < deadline and len(list(out.glob("state-*.pt"))) == before < 2:
+            time.sleep(0.02)
+        time.sleep(rng.random() * 0.5)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    run(*command, "--out", out)
+    whole, killed = (load_file(tmp_path / name / "checkpoint.safetensors") for name in ("whole", "killed"))
+    assert all(torch.equal(whole[k], killed[k]) for k in whole)
+
+
+def test_a_truncated_state_is_passed_over(data, tmp_path):
+    out = tmp_path / "out"
+    run("train.py", *FAST, "--data", data, "--out", out)
+    finished = load_file(out / "checkpoint.safetensors")
+    newest = sorted(out.glob("state-*.pt"))[-1]
+    newest.write_bytes(newest.read_bytes()[:1000])
+    text = run("train.py", *FAST, "--data", data, "--out", out)
+    assert newest.name in text and "Resuming" in text
+    assert all(torch.equal(value, finished[k]) for k, value in load_file(out / "checkpoint.safetensors").items())
+
+
+def test_one_folder_is_split_by_patient(tmp_path):
+    folder = write_slices(tmp_path / "slices", ("L067", "L096", "L109"), 3, 32)
+    train_files, val_files = train.split_by_patient(sorted(folder.glob("*.npy")), 0.3)
+    assert {f.name[:4] for f in train_files}.isdisjoint({f.name[:4] for f in val_files}) and len(val_files) == 3
+    run("train.py", *FAST, "--data", folder, "--out", tmp_path / "out", "--images", "8", "--val-fraction", "0.3")
+
+
+def test_bad_input_gets_a_sentence_and_nothing_is_overwritten(data, tmp_path):
+    out = tmp_path / "out"
+    go = lambda *extra, to=out, expect=1: run("train.py", *FAST, "--data", data, "--out", to, *extra, expect=expect)  # noqa: E731
+    assert "invalid choice: 'huge'" in go("--preset", "huge")
+    assert "unrecognized arguments: --nonsense" in go("--nonsense", "1")
+    assert "does not exist" in go("--data", tmp_path / "missing")
+    (tmp_path / "empty").mkdir()
+    assert "no .npy slices" in go("--data", tmp_path / "empty")
+    assert not out.exists()
+    bad = np.full((32, 32), np.nan, np.float32)
+    np.save(data / "train_img" / "A_999.npy", bad)
+    np.save(data / "train_img" / "A_998.npy", np.zeros((40, 40)))
+    text = go("--images", "8", expect=0)
+    assert "A_999.npy holds NaN" in text and "A_998.npy is 40 pixels" in text and "Skipped 2 of 10" in text
+    assert "--strict" in go("--strict", to=tmp_path / "strict")
+    before = (out / "checkpoint.safetensors").read_bytes()
+    assert "another preset" in go("--images", "8", "--lr", "0.5")
+    assert "another seed" in go("--images", "8", "--seed", "1")
+    (tmp_path / "foreign").mkdir()
+    (tmp_path / "foreign" / "thesis.txt").write_text("mine")
+    assert "not empty" in go(to=tmp_path / "foreign")
+    assert (out / "checkpoint.safetensors").read_bytes() == before
+
+
+def test_paper_schedule():
+    paper, count = PRESETS["paper"], 4869
+    assert (paper.batch, paper.epochs, paper.lr, paper.clip) == (4, 40, 4e-5, 1.0)
+    assert (paper.ema, paper.ema_every, paper.ema_start, paper.epct_start) == (0.995, 10, 2000, 2000)
+    spans = list(train.batches(count, 4, 40 * count))
+    assert len(spans) == 40 * 1218 and spans[1217] == (4868, 4869) and spans[1218] == (4869, 4873)
+    rates = [train.learning_rate(paper, epoch * count, 40 * count, count) for epoch in range(40)]
+    assert rates == [4e-5] * 25 + [4e-5 * 0.8] * 15
+    assert sorted(train.sample_at(i, 7, 5)[0] for i in range(7, 14)) == list(range(7))
+
+
+def test_levels_are_uniform_and_composed_levels_are_denser():
+    draws = [train.draw_levels(u) for u in np.random.default_rng(0).random((8000, 2))]
+    assert np.abs(np.bincount([t for t, _ in draws], minlength=8) - 1000).max() < 120
+    assert all(s < t or (t, s) == (0, 0) for t, s in draws)
+    assert {s for t, s in draws if t == 3} == {0, 1, 2}
+
+
+@pytest.mark.parametrize(("step", "expected"), [(10, 1.0), (11, 0.0), (1990, 1.0), (2000, 0.005), (2005, 0.0)])
+def test_ema_copies_then_averages(step, expected):
+    ema, network = (UNet(UNetConfig(width=32)) for _ in range(2))
+    for parameter in ema.parameters():
+        parameter.data.zero_()
+    train.update_ema(ema, network, step, PRESETS["paper"])
+    torch.testing.assert_close(ema.conv_in.weight, expected * network.conv_in.weight)
+
+
+def test_compose_input_is_the_level_shift_and_at_level_zero_the_estimate():
+    torch.manual_seed(0)
+    x_t, x0_hat = torch.rand(2, 1, 32, 32), torch.rand(2, 1, 32, 32)
+    degrade = Degradation()
+    found = compose_input(lambda x, t: x0_hat, degrade, x_t, [7, 0], [5, 0])
+    expected = x_t[:1] - degrade(x0_hat[:1], 18) + degrade(x0_hat[:1], 54)
+    torch.testing.assert_close(found, torch.cat([expected, x0_hat[1:]]), rtol=1e-4, atol=1e-5)

@@ -1,0 +1,127 @@
+"""Iterative reconstruction with torch-radon's API: `Landweber`, `cg` and `cgne`, every sample stopping on its own.
+
+Images are (..., H, W), sinograms (..., views, bins). A `callback` is called with x after each iteration; with one,
+the result is (x, list of what it returned), else x. All are differentiable unless stated otherwise.
+"""
+
+import contextlib
+
+import torch
+
+
+def _dot(a: torch.Tensor, b: torch.Tensor, dims: tuple[int, ...]) -> torch.Tensor:
+    return (a * b).sum(dims, keepdim=True)
+
+
+def _ratio(a: torch.Tensor, b: torch.Tensor, active: torch.Tensor) -> torch.Tensor:
+    """a / b where active, else 0: a sample that has converged stays as it is, and 0/0 reaches no gradient."""
+    return torch.where(active, a / torch.where(active, b, 1), 0)
+
+
+def _check(residual: torch.Tensor):
+    if not torch.isfinite(residual).all():
+        raise ValueError("y - forward(x) holds NaN or infinity; expected finite x and y")
+
+
+def _leading(x: torch.Tensor, y: torch.Tensor):
+    if x.shape[:-2] != y.shape[:-2] or x.device != y.device:
+        raise ValueError(f"x is {tuple(x.shape)} on {x.device} and y is {tuple(y.shape)} on {y.device}; "
+                         "expected the same leading dimensions and device")
+
+
+def cg(forward, x: torch.Tensor, y: torch.Tensor, callback=None, max_iter: int = 500, tol: float = 1e-5):
+    """Conjugate gradients: solve forward(x) = y for a symmetric positive definite `forward`, from x, (..., H, W).
+
+    The first dimension counts samples where there are more than two, so `forward` may mix all others. A sample stops
+    when |y - forward(x)| <= tol |y|. Raises ValueError where `forward` is found not to be positive definite.
+    """
+    if x.shape != y.shape or x.device != y.device:
+        raise ValueError(f"x is {tuple(x.shape)} on {x.device} and y is {tuple(y.shape)} on {y.device}; "
+                         "expected the same shape and device")
+    dims = tuple(range(int(x.ndim > 2), x.ndim))
+    r = y - forward(x)
+    _check(r)
+    p, rr, limit, values = r, _dot(r, r, dims), tol**2 * _dot(y, y, dims), []
+    active = rr > limit
+    for _ in range(max_iter):
+        if not active.any():
+            break
+        q = forward(p)
+        curvature = _dot(p, q, dims)
+        if (active & ~(curvature > 0)).any():
+            raise ValueError("forward is not symmetric positive definite: <p, forward(p)> is not positive; adding a "
+                             "small multiple of its argument makes a semidefinite map definite")
+        alpha = _ratio(rr, curvature, active)
+        x, r = x + alpha * p, r - alpha * q
+        rr, previous = _dot(r, r, dims), rr
+        active = active & (rr > limit)
+        p = r + _ratio(rr, previous, active) * p
+        if callback is not None:
+            values.append(callback(x))
+    return x if callback is None else (x, values)
+
+
+def cgne(operator, x: torch.Tensor, y: torch.Tensor, callback=None, max_iter: int = 5000, tol: float = 1e-5):
+    """Least squares: minimise |operator.forward(x) - y| by conjugate gradients on the normal equations, from x.
+
+    x: (..., H, W); y: (..., views, bins). Every image is a sample of its own and stops when
+    |A^T (y - A x)| <= tol |A^T y|, A^T being `operator.transpose`. From x = 0 it finds the solution of least norm.
+    """
+    _leading(x, y)
+    dims = (-2, -1)
+    r = y - operator.forward(x)
+    _check(r)
+    s, target = operator.transpose(r), operator.transpose(y)
+    p, ss, limit, values = s, _dot(s, s, dims), tol**2 * _dot(target, target, dims), []
+    active = ss > limit
+    for _ in range(max_iter):
+        if not active.any():
+            break
+        q = operator.forward(p)
+        alpha = _ratio(ss, _dot(q, q, dims), active)
+        x, r = x + alpha * p, r - alpha * q
+        s = operator.transpose(r)
+        ss, previous = _dot(s, s, dims), ss
+        active = active & (ss > limit)
+        p = s + _ratio(ss, previous, active) * p
+        if callback is not None:
+            values.append(callback(x))
+    return x if callback is None else (x, values)
+
+
+class Landweber:
+    """Gradient descent on |operator.forward(x) - y|^2 / 2 with the true transpose.
+
+    projection: applied to x after each step, e.g. torch.relu; grad: keep the iterations in the autograd graph.
+    """
+
+    def __init__(self, operator, projection=None, grad: bool = False):
+        self.operator, self.projection, self.grad = operator, projection, grad
+
+    def estimate_alpha(self, img_size, device, n_iter: int = 50, batch_size: int = 8) -> float:
+        """A step size that converges, 1/|A|^2, from n_iter power iterations on batch_size random images.
+
+        img_size: pixels, an integer or (height, width). The random images are the same at every call.
+        """
+        size = (img_size, img_size) if isinstance(img_size, int) else tuple(img_size)
+        x = torch.randn(batch_size, *size, generator=torch.Generator().manual_seed(0)).to(device)
+        with torch.no_grad():
+            for _ in range(n_iter):
+                x = self.operator.transpose(self.operator.forward(x / x.norm(dim=(-2, -1), keepdim=True)))
+        return 1 / x.norm(dim=(-2, -1)).max().item()
+
+    def run(self, x_zero: torch.Tensor, y: torch.Tensor, alpha: float, iterations: int = 100, callback=None):
+        """`iterations` steps x <- projection(x - alpha A^T (A x - y)) from x_zero (..., H, W) for y (..., views, bins).
+
+        Converges for alpha < 2/|A|^2.
+        """
+        _leading(x_zero, y)
+        x, values = x_zero, []
+        with contextlib.nullcontext() if self.grad else torch.no_grad():
+            for _ in range(iterations):
+                x = x - alpha * self.operator.transpose(self.operator.forward(x) - y)
+                if self.projection is not None:
+                    x = self.projection(x)
+                if callback is not None:
+                    values.append(callback(x))
+        return x if callback is None else (x, values)

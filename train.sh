@@ -1,0 +1,14 @@
+#!/usr/bin/env bash
+# Train CvG-Diff. Edit the variables; run the same command again to resume.
+set -eu
+cd "$(dirname "$0")"
+
+PRESET=tiny              # a row of models/presets.py: tiny (CPU) | paper (the published recipe)
+DATA=datasets/sample     # train_img/ and val_img/ of HU .npy slices, or one folder of slices
+OUT=runs/tiny            # checkpoints and curves
+IMAGES=9000              # training images to see in all
+SEED=3407
+
+. utils/environment.sh
+echo "Training $PRESET on $DATA: $IMAGES images into $OUT (stop with Ctrl-C; run again to resume)."
+exec "$python" train.py --preset "$PRESET" --data "$DATA" --out "$OUT" --images "$IMAGES" --seed "$SEED" "$@"
