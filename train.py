@@ -18,7 +18,7 @@ from tqdm import tqdm
 from datasets.slices import find_slices, fingerprint, read_slices, split_by_patient
 from models.checkpoint import denoiser, save_checkpoint
 from models.degradation import LEVELS, Degradation, levels_for
-from models.epct import compose, conditioning, denser_level, loss, views_of
+from models.epct import compose, conditioning, denser_level, loss, restart_the_lost, views_of
 from models.presets import PRESETS, Preset
 from models.samplers import SAMPLERS, one_step
 from models.unet import UNet
@@ -90,13 +90,26 @@ def sample_at(index: int, count: int, seed: int, draws: int):
     return order[index % count], rng.integers(8), rng.random(draws)
 
 
-def learning_rate(preset: Preset, seen: int, images: int, count: int) -> float:
-    """Rate of the batch that starts after `seen` training images."""
+def steps_of(preset: Preset, step: int) -> int:
+    """Optimizer steps of a batch that starts after `step` of them: one, and one a hop once these have begun."""
+    return 1 + preset.hops * (step + 1 > preset.epct_start)
+
+
+def all_steps(preset: Preset, images: int, count: int) -> int:
+    """Optimizer steps of the whole run."""
+    step = 0
+    for _ in batches(count, preset.batch, images):
+        step += steps_of(preset, step)
+    return step
+
+
+def learning_rate(preset: Preset, step: int, steps: int, epoch: int) -> float:
+    """Rate of the optimizer step that follows `step` of `steps`, in pass number `epoch` (from 0) over the data."""
     if preset.schedule == "step":
-        return preset.lr * 0.8 ** (seen // count // 25)
-    if seen < preset.warmup:
-        return preset.lr * (seen + 1) / preset.warmup
-    return preset.lr * 0.5 * (1 + math.cos(math.pi * (seen - preset.warmup) / max(1, images - preset.warmup)))
+        return preset.lr * 0.8 ** (epoch // 25)
+    if step < preset.warmup:
+        return preset.lr * (step + 1) / preset.warmup
+    return preset.lr * 0.5 * (1 + math.cos(math.pi * (step - preset.warmup) / max(1, steps - preset.warmup)))
 
 
 def validation_due(preset: Preset, before: int, seen: int, images: int, count: int) -> bool:
@@ -157,6 +170,7 @@ def main(argv=None):
     truths, val_truths, prints = load_data(args, preset)
     count = len(truths)
     images = preset.images or preset.epochs * count
+    steps = all_steps(preset, images, count)
     run = {"preset": asdict(preset), "seed": args.seed, "data": prints}
 
     torch.manual_seed(args.seed)
@@ -210,35 +224,34 @@ def main(argv=None):
         if first < seen:
             continue
         torch.manual_seed(args.seed + 1000003 * (step + 1))  # dropout
-        order, symmetry, uniform = zip(*(sample_at(i, count, args.seed, 1 + 2 * preset.hops) for i in range(first, last)),
-                                       strict=True)
+        samples = [sample_at(i, count, args.seed, 1 + 2 * preset.hops) for i in range(first, last)]
+        order, symmetry, uniform = zip(*samples, strict=True)
         x0 = truths[list(order)].to(device)
         if preset.augment:
             x0 = torch.stack([torch.rot90(x.flip(-1) if g >= 4 else x, int(g % 4), (-2, -1))
                               for x, g in zip(x0, symmetry, strict=True)])
         if not preset.per_sample_levels:
             uniform = uniform[:1] * len(x0)  # one t and one t' a batch
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(preset, first, images, count)
-
         T = t = [int(u[0] * len(LEVELS)) for u in uniform]
         x_T = x_t = degrade(x0, views_of(T))
         losses, norms = [], []
-        for hop in range(1 + preset.hops):
+        for hop in range(steps_of(preset, step)):
             if hop > 0:
-                if step <= preset.epct_start:
-                    break
                 if preset.rollout == "ema":
                     with torch.no_grad(), autocast:
                         x0_hat = ema(x_t, conditioning(t, x_t))
                 s = [denser_level(t_i, T_i, u[2 * hop - 1:2 * hop + 1], preset.jumps)
                      for t_i, T_i, u in zip(t, T, uniform, strict=True)]
                 x_t, t = compose(degrade, x_T, T, x_t, t, x0_hat, s), s
+                if preset.restarts:
+                    x_t, t = restart_the_lost(x0, x_T, T, x_t, t)
             with autocast:
                 slice_losses, x0_hat = loss(network, x_t, t, x0)
             optimizer.zero_grad(set_to_none=True)
             slice_losses.mean().backward()
             norms.append(torch.nn.utils.clip_grad_norm_(network.parameters(), preset.clip))
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(preset, step, steps, first // count)
             optimizer.step()
             step += 1
             update_ema(ema, network, step, preset)

@@ -48,3 +48,14 @@ def compose(degrade: Degradation, x_T: torch.Tensor, T: list[int], x_t: torch.Te
     again = [t_i or T_i for t_i, T_i in zip(t, T, strict=True)]
     shifted = degrade.shift(torch.where(where(t), x_T, x_t), x0_hat, views_of(again), views_of(s))
     return torch.where(where(again), x0_hat, shifted)
+
+
+def restart_the_lost(x0: torch.Tensor, x_T: torch.Tensor, T: list[int], x_t: torch.Tensor,
+                     t: list[int]) -> tuple[torch.Tensor, list[int]]:
+    """(x_t, t), but (x_T, T) for slices whose composed input lies further from x0 than the measurement's FBP does.
+
+    Chains lengthen by themselves as the network learns, and none runs away.
+    """
+    lost = ((x_t - x0).square().mean(dim=(1, 2, 3)) > (x_T - x0).square().mean(dim=(1, 2, 3))).tolist()
+    x_t = torch.where(torch.tensor(lost, device=x_t.device).view(-1, 1, 1, 1), x_T, x_t)
+    return x_t, [T_i if gone else t_i for gone, T_i, t_i in zip(lost, T, t, strict=True)]

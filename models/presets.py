@@ -25,14 +25,15 @@ class Preset:
     epct_start: int = 2000         # optimizer steps before composed inputs begin
     hops: int = 1                  # composed inputs after each restore input, an optimizer step each
     jumps: float = 1.0             # share of hops to t' ~ U{0..t-1}; the others go to t - 1
+    restarts: bool = False         # a slice whose composed input is worse than its measurement starts again from it
     rollout: str = "ema"           # whose estimate a hop uses: ema | own (that of the training call: no extra call)
     # optimizer
     optimizer: str = "adam"        # adam | adamw
     lr: float = 4e-5
     weight_decay: float = 0.0
     clip: float = 1.0              # largest gradient norm
-    schedule: str = "step"         # step: x0.8 every 25 epochs | cosine: warm-up, then to zero at the last image
-    warmup: int = 0                # images of linear warm-up (cosine)
+    schedule: str = "step"         # step: x0.8 every 25 epochs | cosine: warm-up, then to zero at the last step
+    warmup: int = 0                # optimizer steps of linear warm-up (cosine)
     precision: str = "fp32"        # fp32 | bf16: autocast of the network; projectors are always fp32
     # EMA
     ema: float = 0.995
@@ -58,8 +59,8 @@ PRESETS = {
     # 2.2 M parameters, 11.5 GFLOP a call: trains on a CPU.
     "tiny": replace(
         PAPER, width=32, dropout=0.0, stem=2, residual=True, shift=0.1, scale=0.1, zero_init=True,
-        images=1800, batch=4, augment=True, per_sample_levels=True, epct_start=100, hops=7, jumps=0.5, rollout="own",
-        optimizer="adamw", lr=1e-3, weight_decay=1e-4, schedule="cosine", warmup=100, precision="bf16",
+        images=5200, batch=4, augment=True, per_sample_levels=True, epct_start=800, hops=5, jumps=0.5, restarts=True,
+        rollout="own",         optimizer="adamw", lr=1e-3, weight_decay=1e-4, schedule="cosine", warmup=100, precision="bf16",
         ema=0.999, ema_every=1, ema_start=100, ema_dropout=False,
-        publish="ema", val_sampler="spdps", val_slices=8, val_every=300, save_every=100),
+        publish="ema", val_sampler="spdps", val_slices=8, val_every=400, save_every=200),
 }

@@ -43,7 +43,7 @@ def data(tmp_path):
 def run(*command, expect=0, **environment):
     """Run a script of the project; its standard output and error as one text."""
     done = subprocess.run([sys.executable, *map(str, command)], cwd=ROOT, capture_output=True, text=True, timeout=600,
-                          env={**os.environ, "OMP_NUM_THREADS": "2", **environment})
+                          env={**os.environ, "OMP_NUM_THREADS": "1", **environment})
     text = done.stdout + done.stderr
     assert (done.returncode == 0) == (expect == 0), text
     assert "Traceback" not in text, text
