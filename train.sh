@@ -6,7 +6,7 @@ cd "$(dirname "$0")"
 PRESET=tiny              # a row of models/presets.py: tiny (CPU) | paper (the published recipe)
 DATA=datasets/sample     # train_img/ and val_img/ of HU .npy slices, or one folder of slices
 OUT=runs/tiny            # checkpoints and curves
-IMAGES=9000              # training images to see in all
+IMAGES=3400              # training images to see in all
 SEED=3407
 
 . utils/environment.sh
