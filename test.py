@@ -8,7 +8,6 @@ import argparse
 import csv
 import hashlib
 import json
-import os
 import sys
 import time
 from pathlib import Path
@@ -21,6 +20,7 @@ from datasets.slices import find_slices, fingerprint, read_slices
 from models.checkpoint import denoiser, load_checkpoint
 from models.degradation import FULL_VIEWS, Degradation, levels_for
 from models.samplers import SAMPLERS
+from utils.device import check_device, default_device
 from utils.figures import comparison
 from utils.files import atomic
 from utils.metrics import measure
@@ -39,7 +39,7 @@ def parse(argv=None):
     parser.add_argument("--methods", nargs="+", choices=list(SAMPLERS), default=["fbp", "one-step", "spdps"])
     parser.add_argument("--batch", type=int, default=4, help="slices at once; results do not depend on it")
     parser.add_argument("--limit", type=int, help="evaluate this many slices, evenly spread over the folder")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--device", default=default_device())
     parser.add_argument("--protocol", choices=("cvg", "cvg-official"), default="cvg",
                         help="cvg-official: with the published code's extra full-view pass inside D")
     parser.add_argument("--strict", action="store_true", help="stop at the first bad slice instead of skipping it")
@@ -49,6 +49,10 @@ def parse(argv=None):
             parser.error(f"--views {n}: expected 1 to {FULL_VIEWS}, the views of the ground truth")
     if args.batch < 1 or (args.limit is not None and args.limit < 1):
         parser.error("--batch and --limit take numbers of at least 1")
+    try:
+        check_device(args.device)
+    except ValueError as error:
+        parser.error(str(error))
     return args
 
 
@@ -187,5 +191,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", os.cpu_count() or 1)))
     main()

@@ -5,7 +5,6 @@ import argparse
 import copy
 import json
 import math
-import os
 import subprocess
 import sys
 from dataclasses import asdict, fields, replace
@@ -22,6 +21,7 @@ from models.epct import compose, conditioning, denser_level, loss, restart_the_l
 from models.presets import PRESETS, Preset
 from models.samplers import SAMPLERS, one_step
 from models.unet import UNet
+from utils.device import bf16_pays, check_device, default_device
 from utils.files import atomic
 from utils.metrics import measure
 from utils.scalars import Scalars
@@ -39,7 +39,7 @@ def parse(argv=None):
     parser.add_argument("--val-fraction", type=float, default=0.1,
                         help="share of the patients that validate, where DATA is one folder")
     parser.add_argument("--seed", type=int, default=3407)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--device", default=default_device())
     parser.add_argument("--strict", action="store_true", help="stop at the first bad slice instead of skipping it")
     flags = parser.add_argument_group("fields of a preset (models/presets.py)")
     for field in fields(Preset):
@@ -50,7 +50,15 @@ def parse(argv=None):
             flags.add_argument(name, type=field.type, choices=CHOICES.get(field.name))
     args = parser.parse_args(argv)
     given = {f.name: getattr(args, f.name) for f in fields(Preset) if getattr(args, f.name) is not None}
-    return args, replace(PRESETS[args.preset], **given)
+    preset = replace(PRESETS[args.preset], **given)
+    try:
+        check_device(args.device)
+        preset.check()
+    except ValueError as error:
+        parser.error(str(error))
+    if args.seed < 0 or not 0 < args.val_fraction < 1:
+        parser.error("--seed takes 0 or more, --val-fraction a share between 0 and 1")
+    return args, preset
 
 
 def load_data(args, preset):
@@ -219,7 +227,10 @@ def main(argv=None):
 
     network.train()
     bar = tqdm(total=images, initial=seen, unit="img", desc=args.preset, disable=None)
-    autocast = torch.autocast(device, torch.bfloat16, enabled=preset.precision == "bf16")
+    bf16 = preset.precision == "bf16" and bf16_pays(device)
+    if preset.precision == "bf16" and not bf16:
+        print("This processor has no bf16 arithmetic: training in fp32.")
+    autocast = torch.autocast(torch.device(device).type, torch.bfloat16, enabled=bf16)
     for first, last in batches(count, preset.batch, images):
         if first < seen:
             continue
@@ -278,5 +289,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", os.cpu_count() or 1)))
     main()

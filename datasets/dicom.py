@@ -6,6 +6,7 @@ Everything here is a function of the file alone: `read_header` says what a file 
 Reasons never quote text fields, which may hold a patient's name.
 """
 
+import hashlib
 import math
 import os
 import re
@@ -16,12 +17,14 @@ from dataclasses import dataclass
 
 import numpy as np
 import pydicom
+from pydicom.multival import MultiValue
 from pydicom.uid import ExplicitVRLittleEndian, ImplicitVRLittleEndian, MediaStorageDirectoryStorage
 
 from utils.units import HU_RANGE
 
 MAX_SIDE = 4096  # no scanner writes more; a damaged header can claim 65535 and ask for gigabytes
 CMS_ENVELOPE = bytes.fromhex("06092a864886f70d010703")  # object identifier that opens a Secure DICOM file
+MODALITIES = "CR DX KO MG MR NM OT PR PT REG RTDOSE RTIMAGE RTPLAN RTSTRUCT SC SEG SR US XA".split()
 LOCALISERS = {"LOCALIZER", "SCOUT", "TOPOGRAM"}
 LOSSY_SYNTAX = re.compile(r"1\.2\.840\.10008\.1\.2\.4\.(5[01]|81|91|93|203)$")
 
@@ -29,9 +32,13 @@ LOSSY_SYNTAX = re.compile(r"1\.2\.840\.10008\.1\.2\.4\.(5[01]|81|91|93|203)$")
 class Refused(ValueError):
     """The file cannot become HU slices; the message is the reason."""
 
+    status = "refused"
+
 
 class LeftOut(Refused):
     """The file is sound but is not an original CT slice; the message is the reason."""
+
+    status = "left out"
 
 
 @dataclass(frozen=True)
@@ -60,7 +67,10 @@ def to_hu(stored: np.ndarray, slope: float, intercept: float, padding: int | Non
     stored: (H, W) integers. Returns (H, W) float32. What scanners write outside the scan circle lies below -1024 and
     becomes air by the clip. A padding value above the range would become metal by it, so it is set to air.
     """
-    hu = np.clip(stored * np.float64(slope) + intercept, *HU_RANGE).astype(np.float32)
+    hu = stored.astype(np.float32)
+    hu *= slope
+    hu += intercept
+    hu.clip(*HU_RANGE, out=hu)
     if padding is not None and slope * padding + intercept > HU_RANGE[1]:
         hu[stored == padding] = HU_RANGE[0]
     return hu
@@ -106,11 +116,12 @@ def read_hu(path: str) -> np.ndarray:
         raise Refused(f"decodes to {raw.shape}, its header says {len(slices)} slices of {slices[0].size} pixels")
     padding = dataset.get("PixelPaddingValue")
     padding = padding if isinstance(padding, int) else None
-    # Bits above BitsStored may hold overlays, or a sign that was not extended: shift them out and extend the sign.
-    # A padding value may itself lie above BitsStored: its pixels are left as they are, for to_hu to find.
     spare = 8 * raw.dtype.itemsize - dataset.BitsStored
-    stored = np.where(raw == padding, raw, (raw << spare) >> spare)
-    frames = [to_hu(image, one.slope, one.intercept, padding) for one, image in zip(slices, stored, strict=True)]
+    if spare:
+        # Bits above BitsStored may hold overlays, or a sign that was not extended: shift them out, extend the sign.
+        # A padding value may itself lie above BitsStored: its pixels are left as they are, for to_hu to find.
+        raw = np.where(raw == padding, raw, (raw << spare) >> spare)
+    frames = [to_hu(image, one.slope, one.intercept, padding) for one, image in zip(slices, raw, strict=True)]
     return np.stack([standard_axial(hu, one.orientation) for one, hu in zip(slices, frames, strict=True)])
 
 
@@ -141,6 +152,21 @@ def order_series(slices: list[Slice]) -> tuple[list[Slice], list[tuple[str, str,
             reason = f"is followed by a gap of {step:g} mm where {usual:g} mm is usual: slices are missing"
             problems.append((before.path, "warning", reason))
     return kept, problems
+
+
+def pseudonym(text: str, kind: str, keep: bool) -> str:
+    """A name safe for files: `kind`-hash, or with `keep` the text itself, made unique where it had to be cleaned."""
+    code = hashlib.sha256(text.encode(errors="backslashreplace")).hexdigest()
+    clean = re.sub(r"[^A-Za-z0-9_.-]+", "-", text).strip("-.")[:64]
+    return f"{kind}-{code[:10]}" if not keep else clean if clean == text else f"{clean or kind}-{code[:6]}"
+
+
+def hider(slices: list[Slice], keep: bool):
+    """A function that puts pseudonyms in place of the patients' names and IDs in a text."""
+    words = {name.lower(): one.patient for one in slices for name in one.names if not keep}
+    choices = "|".join(re.escape(word) for word in sorted(words, key=len, reverse=True))
+    pattern = re.compile(rf"(?<![A-Za-z0-9])({choices})(?![A-Za-z0-9])", re.I)
+    return lambda text: pattern.sub(lambda m: pseudonym(words[m[0].lower()], "patient", keep), text) if words else text
 
 
 def guarded(read, reason: str):
@@ -175,7 +201,8 @@ def _dataset(path, with_pixels):
     # Old files lack the preamble and start with their first element, of group 2 or 8.
     if head[128:] != b"DICM" and head[:2] not in (b"\x02\x00", b"\x08\x00"):
         raise Refused("is not an image this program reads (DICOM, NIfTI, .npy or 16-bit PNG)")
-    dataset = pydicom.dcmread(path, stop_before_pixels=not with_pixels, force=True)
+    # Deferred elements are skipped, not read; unlike stop_before_pixels this tells whether the pixels are all there.
+    dataset = pydicom.dcmread(path, defer_size=None if with_pixels else 1024, force=True)
     if "TransferSyntaxUID" not in dataset.file_meta:
         implicit = dataset.original_encoding[0]
         dataset.file_meta.TransferSyntaxUID = ImplicitVRLittleEndian if implicit else ExplicitVRLittleEndian
@@ -200,9 +227,8 @@ def _check_kind(dataset):
         raise LeftOut("is a DICOMDIR, an index of other files")
     if "EncryptedAttributesSequence" in dataset:
         raise Refused("has encrypted attributes: decrypt it first")
-    modality = re.sub(r"\W", "", str(dataset.get("Modality") or ""))[:8]
-    if modality != "CT":
-        raise Refused(f"has modality {modality or 'none'}, expected CT")
+    if (modality := dataset.get("Modality")) != "CT":
+        raise Refused(f"has {f'modality {modality}' if modality in MODALITIES else 'no known modality'}, expected CT")
     kind = dataset.get("ImageType") or []
     kind = {str(word).upper() for word in ([kind] if isinstance(kind, str) else kind)}
     if kind & LOCALISERS:
@@ -218,27 +244,31 @@ def _is_lossy(dataset):
 
 
 def _check_pixel_format(path, dataset):
-    rows, columns = dataset.get("Rows"), dataset.get("Columns")
+    keywords = ("Rows", "Columns", "BitsAllocated", "BitsStored", "HighBit")
+    rows, columns, allocated, stored, high = values = [dataset.get(keyword) or 0 for keyword in keywords]
     if not rows or not columns:
         raise Refused("holds no image (no Rows or Columns)")
+    if not all(isinstance(value, int) for value in values):
+        raise Refused("has a number of rows, columns or bits that is not one number; is it damaged?")
     grey = str(dataset.get("PhotometricInterpretation")).startswith("MONOCHROME")
     if dataset.get("SamplesPerPixel", 1) != 1 or not grey:
         raise Refused("is a colour image; one grey channel of HU is expected")
     if rows != columns or rows > MAX_SIDE:
         raise Refused(f"is {rows} x {columns} pixels, expected square and at most {MAX_SIDE}: pad or crop it first")
-    allocated, stored, high = (dataset.get(key) for key in ("BitsAllocated", "BitsStored", "HighBit"))
-    if allocated not in (16, 32) or stored is None or not 8 <= stored <= allocated or high != stored - 1:
+    if allocated not in (16, 32) or not 8 <= stored <= allocated or high != stored - 1:
         raise Refused(f"has {stored} bits of {allocated}, high bit {high}; expected 8 to 16 of 16, high bit the last")
     if str(dataset.get("RescaleType") or "HU").strip() not in ("HU", "US"):
         raise Refused("has a RescaleType other than HU")
-    frames, syntax = int(dataset.get("NumberOfFrames") or 1), dataset.file_meta.TransferSyntaxUID
-    groups = dataset.get("PerFrameFunctionalGroupsSequence") or []
+    frames, groups = int(dataset.get("NumberOfFrames") or 1), dataset.get("PerFrameFunctionalGroupsSequence") or []
     if frames > 1 and frames != len(groups):
         raise Refused(f"holds {frames} frames but positions for {len(groups)}; expected an enhanced CT")
-    plain = syntax.is_transfer_syntax and not (syntax.is_compressed or syntax.is_deflated)
+    pixels, syntax = dataset.get_item("PixelData", keep_deferred=True), dataset.file_meta.TransferSyntaxUID
+    if pixels is None:
+        raise Refused("holds no pixel data; is it truncated?")
     needed = rows * columns * allocated // 8 * frames
-    if plain and os.path.getsize(path) < needed:
-        raise Refused(f"is truncated: {os.path.getsize(path)} bytes, its pixels alone need {needed}")
+    there = pixels.length if syntax.is_deflated else min(pixels.length, os.path.getsize(path) - pixels.value_tell)
+    if not syntax.is_compressed and there < needed:
+        raise Refused(f"is truncated: it holds {there} bytes of pixels of {needed}")
 
 
 def _slice(path, dataset, frame, patient, names):
@@ -246,9 +276,9 @@ def _slice(path, dataset, frame, patient, names):
         value = _find(dataset, frame, group, keyword)
         if value is None or value == "":
             raise Refused(f"has no {keyword}")
-        found = [float(number) for number in (value if count > 1 else [value])]
+        found = [float(number) for number in (value if isinstance(value, MultiValue) else [value])]
         if len(found) != count or not all(map(math.isfinite, found)):
-            raise Refused(f"has {keyword} {found}, expected {count} finite number{'s' * (count > 1)}")
+            raise Refused(f"has {keyword} {found[:6]}, expected {count} finite number{'s' * (count > 1)}")
         return found
 
     slope, = numbers("PixelValueTransformationSequence", "RescaleSlope", 1)

@@ -1,14 +1,12 @@
 """CT of any layout to HU slices for training: `python -m datasets.prepare INPUT... --out DIR`.
 
 Reads DICOM, NIfTI, .npy (HU) and 16-bit PNG (value - 1024 = HU), in any mixture of folders. Writes int16 HU to
-DIR/{train,val,test}_img/<patient>_<nnn>.npy, a manifest.csv in each of these folders, and DIR/report.csv, which names
-every file that was refused, left out or is odd, with the reason. Splits are by patient.
+DIR/{train,val,test}_img/<patient>_<nnn>.npy, split by patient, with a manifest.csv in each folder, and DIR/report.csv,
+which names every file that was refused, left out or is odd. The same command again does only what is missing.
 
-The same command again does only what is missing. Patients' names and IDs become pseudonyms, in file names and where
-a path repeats them, unless --keep-names. A pseudonym is a hash of the ID: it hides a name from a reader, not from
-someone who has a list of IDs to try.
-
-Exit status: 0; 1 when something was refused (the rest is written) or nothing could be done; 130 when interrupted.
+Names and IDs of patients become pseudonyms unless --keep-names, in file names and where a path repeats them. These
+are hashes: they hide a name from a reader, not from someone who has a list of IDs to try. Exit status 1 when
+something was refused (the rest is written) or nothing could be done.
 """
 
 import argparse
@@ -20,7 +18,8 @@ import os
 import re
 import stat
 import sys
-from collections import defaultdict
+import threading
+from collections import Counter, defaultdict
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, replace
@@ -31,11 +30,13 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from datasets.dicom import LeftOut, Refused, Slice, check_axial, guarded, order_series, read_header, read_hu
+from datasets import dicom
+from datasets.dicom import Refused, Slice, guarded, hider, order_series, pseudonym
 from datasets.slices import patient_of, patients_of
 from utils.files import atomic
 from utils.units import HU_RANGE
 
+NIFTI, ARRAYS = (".nii", ".nii.gz"), (".npy", ".png")
 SPLITS = ("train", "val", "test")
 COLUMNS = ("file", "patient", "index", "series", "position", "spacing_mm", "kernel", "source", "sha256")
 COMPANIONS = {"LICENSE", "NOTICE", "README.md", "metadata.csv", "index.csv", "manifest.csv", "report.csv", ".DS_Store"}
@@ -62,36 +63,31 @@ def resize_hu(hu: np.ndarray, size: int) -> np.ndarray:
         raise Refused("contains NaN or infinity")
     hu = hu.clip(*HU_RANGE)
     if len(hu) == 2 * size:
-        hu = hu.reshape(size, 2, size, 2).mean((1, 3))
+        hu = (hu[::2, ::2] + hu[::2, 1::2] + hu[1::2, ::2] + hu[1::2, 1::2]) / 4
     elif len(hu) != size:
         hu = np.asarray(Image.fromarray(hu).resize((size, size), Image.Resampling.BILINEAR))
     return np.rint(hu).astype(np.int16)
 
 
-def is_nifti(path: str) -> bool:
-    return path.lower().endswith((".nii", ".nii.gz"))
-
-
-def is_array(path: str) -> bool:
-    return path.lower().endswith((".npy", ".png"))
-
-
 @lru_cache(maxsize=1)  # the slices of a volume are asked for one after the other
 def load(path: str) -> np.ndarray:
     """All slices of a file of any format: (N, H, W) HU, not yet clipped. Raises Refused or LeftOut."""
-    if is_nifti(path):
+    if path.lower().endswith(NIFTI):
         return guarded(lambda: _load_nifti(path), "cannot be read as NIfTI; is it damaged?")
-    if is_array(path):
+    if path.lower().endswith(ARRAYS):
         return guarded(lambda: _load_array(path), "cannot be read; is it truncated or damaged?")
-    return read_hu(path)
+    return dicom.read_hu(path)
+
+
+def _open_nifti(path):
+    import nibabel  # only these inputs need it, and it is slow to import
+
+    return nibabel.as_closest_canonical(nibabel.load(path))
 
 
 def _load_nifti(path):
-    import nibabel  # here and below: only these inputs need it, and it is slow to import
-
-    volume = np.asanyarray(nibabel.as_closest_canonical(nibabel.load(path)).dataobj)
-    volume = volume.reshape(volume.shape[:3])
-    return volume[::-1, ::-1].transpose(2, 1, 0)  # canonical is right, front, head; slices are (head, back, left)
+    image = _open_nifti(path)  # axes run right, front, head; slices are (head, back, left)
+    return np.asanyarray(image.dataobj).reshape(image.shape[:3])[::-1, ::-1].transpose(2, 1, 0)
 
 
 def _load_array(path):
@@ -109,10 +105,10 @@ def _load_array(path):
 
 def scan(path: str) -> list[Slice]:
     """The slices of a file of any format, without pixels where possible. Raises Refused or LeftOut."""
-    if is_nifti(path):
+    if path.lower().endswith(NIFTI):
         return guarded(lambda: _scan_nifti(path), "cannot be read as NIfTI; is it damaged?")
-    if not is_array(path):
-        return read_header(path)
+    if not path.lower().endswith(ARRAYS):
+        return dicom.read_header(path)
     count, rows, columns = load(path).shape
     if rows != columns:
         raise Refused(f"is {rows} x {columns} pixels, expected square: pad or crop it first")
@@ -122,33 +118,27 @@ def scan(path: str) -> list[Slice]:
 
 
 def _scan_nifti(path):
-    import nibabel
-
-    image = nibabel.load(path)
+    image = _open_nifti(path)
     if len(image.shape) < 3 or np.prod(image.shape[3:]) != 1 or image.get_data_dtype().kind not in "iuf":
         raise Refused(f"holds {image.get_data_dtype()} of shape {image.shape}; expected one 3-D volume of HU")
-    turn = nibabel.io_orientation(image.affine)
-    shape = np.array(image.shape[:3])[np.argsort(turn[:, 0])]
-    affine = image.affine @ nibabel.orientations.inv_ornt_aff(turn, image.shape[:3])
-    spacing = nibabel.affines.voxel_sizes(affine)
-    check_axial((affine[:3, :2] / spacing[:2]).T.ravel())
-    if shape[0] != shape[1] or not 0.05 <= min(spacing[:2]) <= max(spacing[:2]) <= min(10, 1.01 * min(spacing[:2])):
-        raise Refused(f"has {shape[0]} x {shape[1]} pixels of {spacing[0]:g} x {spacing[1]:g} mm; expected square ones")
-    # The file need not say how it lies; nibabel then assumes an orientation.
-    known = image.header.get("sform_code", 1) > 0 or image.header.get("qform_code", 1) > 0
-    warning = "" if known else "does not say how the patient lies; the orientation may be wrong"
-    return [Slice(path, frame, number=frame, size=int(shape[0]), spacing=float(spacing[0]), warning=warning,
-                  position=float(affine[2, 3] + frame * affine[2, 2])) for frame in range(shape[2])]
+    size, columns, count = image.shape[:3]
+    step = np.linalg.norm(image.affine[:3, :2], axis=0)
+    if size != columns or not 0.05 <= min(step) <= max(step) <= min(10, 1.01 * min(step)):
+        raise Refused(f"has {size} x {columns} pixels of {step[0]:g} x {step[1]:g} mm; expected square ones")
+    dicom.check_axial((image.affine[:3, :2] / step).T.ravel())
+    # Without these codes the file does not say how it lies, and nibabel assumes an orientation.
+    unknown = image.header.get("sform_code", 1) == image.header.get("qform_code", 1) == 0
+    warning = "does not say how the patient lies; the orientation may be wrong" if unknown else ""
+    return [Slice(path, frame, number=frame, size=size, spacing=float(step[0]), warning=warning,
+                  position=float(image.affine[2, 3] + frame * image.affine[2, 2])) for frame in range(count)]
 
 
 def examine(path: str) -> tuple[list[Slice], list[tuple[str, str, str]]]:
     """`scan` that returns what is wrong as (path, status, reason) instead of raising it."""
     try:
         slices = scan(path)
-    except LeftOut as error:
-        return [], [(path, "left out", str(error))]
     except Refused as error:
-        status = "left out" if os.path.basename(path) in COMPANIONS else "refused"
+        status = "left out" if os.path.basename(path) in COMPANIONS else error.status
         return [], [(path, status, str(error))]
     return slices, [(path, "warning", slices[0].warning)] if slices[0].warning else []
 
@@ -191,25 +181,28 @@ def write_table(path: Path, header: tuple[str, ...], rows: list) -> None:
         csv.writer(file, lineterminator="\n").writerows([header, *rows])
 
 
+def _end_with_parent():
+    # Where the parent is killed, its pool would wait for work for ever.
+    threading.Thread(target=lambda: (multiprocessing.parent_process().join(), os._exit(1)), daemon=True).start()
+
+
 def parallel(function, tasks: list, workers: int, title: str) -> list:
     """[function(task) for task in tasks] over processes; None for a task whose process died: its decoder crashed."""
-    forkserver = "forkserver" in multiprocessing.get_all_start_methods()
-    context = multiprocessing.get_context("forkserver" if forkserver else "spawn")
-    if forkserver:
-        context.set_forkserver_preload(["datasets.dicom"])  # so that a process starts in milliseconds
+    context = multiprocessing.get_context("spawn" if os.name == "nt" else "forkserver")
+    context.set_forkserver_preload(["datasets.dicom"])  # so that a process starts in milliseconds
     results = {}
 
     def attempt(indices, count):
-        with ProcessPoolExecutor(count, context) as pool:
+        with ProcessPoolExecutor(count, context, _end_with_parent) as pool:
             futures = {pool.submit(function, tasks[i]): i for i in indices}
             try:
                 for future in as_completed(futures):
-                    results[futures[future]] = future.result()
-                    bar.update()
-            except BrokenProcessPool:
-                pass  # what it had under way is not in results: the loop below finds the culprit
-            finally:
+                    if not isinstance(future.exception(), BrokenProcessPool):
+                        results[futures[future]] = future.result()
+                        bar.update()
+            except (KeyboardInterrupt, OSError) as error:  # an OSError is a full disk: readers raise Refused
                 pool.shutdown(cancel_futures=True)
+                sys.exit(f"Stopped ({error!r}). What is written is whole; the same command does the rest.")
 
     with tqdm(total=len(tasks), desc=title, disable=None) as bar:
         while waiting := [i for i in range(len(tasks)) if i not in results]:
@@ -250,38 +243,25 @@ def find_files(inputs: list[str], out: Path) -> tuple[dict[str, str], list[tuple
 
 
 def name_patients(slices: list[Slice]) -> list[Slice]:
-    """Fill in patient and series of slices from files that do not say: from a manifest.csv beside them, or the name.
+    """Fill in the patient of slices from files that do not say: from a manifest.csv beside them, or from the name.
 
-    A volume is a patient of its own; of slices, `case_012` belongs to `case`, and a bare number to its folder.
+    A volume is a patient of its own, a slice `case_012` belongs to `case`; where names are bare numbers or the same
+    in several folders, the folder is the patient.
     """
     paths = [Path(path) for path in sorted({one.path for one in slices if not one.patient})]
     volumes = {one.path for one in slices if one.frame}
-    patients = {}
-    for path, patient in zip(paths, patients_of(paths), strict=True):
-        stem = re.sub(r"\.nii$", "", path.stem, flags=re.I)
-        if patient == patient_of(path.name):  # no manifest says otherwise
-            if str(path) in volumes or is_nifti(str(path)):
-                patient = stem
-            elif stem.isdigit():
-                patient = Path(os.path.abspath(path)).parent.name
-        series = str(path) if str(path) in volumes else f"{path.parent}/{patient}"
-        patients[str(path)] = {"patient": patient, "series": series, "names": (patient,) * (len(patient) >= 4)}
-    return [one if one.patient else replace(one, **patients[one.path]) for one in slices]
-
-
-def pseudonym(text: str, kind: str, keep: bool) -> str:
-    """A name safe for files: `kind`-hash, or with `keep` the text itself, made unique where it had to be cleaned."""
-    code = hashlib.sha256(text.encode(errors="backslashreplace")).hexdigest()
-    clean = re.sub(r"[^A-Za-z0-9_-]+", "-", text).strip("-")[:64]
-    return f"{kind}-{code[:10]}" if not keep else clean if clean == text else f"{clean or kind}-{code[:6]}"
-
-
-def hider(slices: list[Slice], keep: bool):
-    """A function that puts pseudonyms in place of the patients' names and IDs in a text."""
-    words = {name.lower(): one.patient for one in slices for name in one.names if not keep}
-    choices = "|".join(re.escape(word) for word in sorted(words, key=len, reverse=True))
-    pattern = re.compile(rf"(?<![A-Za-z0-9])({choices})(?![A-Za-z0-9])", re.I)
-    return lambda text: pattern.sub(lambda m: pseudonym(words[m[0].lower()], "patient", keep), text) if words else text
+    patients = dict(zip(paths, patients_of(paths), strict=True))
+    named = {path for path in paths if patients[path] != patient_of(path.name)}  # by a manifest
+    for path in volumes - {str(path) for path in named}:
+        patients[Path(path)] = re.sub(r"\.nii$", "", Path(path).stem, flags=re.I)
+    used = Counter((patients[path], path.name) for path in paths)
+    shared = {patient for (patient, _), count in used.items() if count > 1}
+    for path in set(paths) - named:
+        if patients[path].isdigit() or patients[path] in shared:
+            patients[path] = Path(os.path.abspath(path)).parent.name
+    return [one if one.patient else replace(
+        one, patient=(patient := patients[Path(one.path)]), names=(patient,) * (len(patient) >= 4),
+        series=one.path if one.path in volumes else os.path.dirname(one.path)) for one in slices]
 
 
 def split_patients(patients: list[str], split: list[str], seed: int) -> dict[str, str]:
@@ -295,11 +275,8 @@ def split_patients(patients: list[str], split: list[str], seed: int) -> dict[str
         if missing := set(part_of) - {"*", *patients}:
             sys.exit(f"--split names {', '.join(sorted(missing))}, which the input does not hold; nothing was written.")
         return {patient: part for patient in patients if (part := part_of.get(patient, part_of.get("*")))}
-    try:
-        shares = [float(item) for item in split]
-    except ValueError:
-        shares = []
-    if len(shares) != 3 or min(shares) < 0 or not abs(sum(shares) - 1) < 1e-6:
+    shares = [float(item) for item in split if re.fullmatch(r"\d*\.?\d+", item)]
+    if not len(shares) == len(split) == 3 or abs(sum(shares) - 1) > 1e-6:
         sys.exit(f"--split is {' '.join(split)}; expected three fractions that add up to 1, or lists like "
                  "train=* val=A test=B,C.")
     wanted = sorted((part for part in range(3) if shares[part]), key=lambda part: -shares[part])[: len(patients)]
@@ -331,6 +308,8 @@ def check_resume(out: Path, outputs: list[Output], shown: dict[str, str], option
 def write_all(outputs: list[Output], out: Path, shown: dict, options: dict, workers: int, problems: list, hide) -> int:
     """Convert what is missing and write manifests and report; the exit status. options: size, volumes and the like."""
     out.mkdir(parents=True, exist_ok=True)
+    for leftover in out.glob("*_img/.*.partial"):  # of a run that was killed
+        leftover.unlink()
     if outputs:
         check_resume(out, outputs, shown, options)
     tasks = defaultdict(list)  # one file's slices go together: it is decoded once
@@ -355,21 +334,22 @@ def write_all(outputs: list[Output], out: Path, shown: dict, options: dict, work
         print(f"{out / folder}: {len(lines)} slices of {len({line[1] for line in lines})} patient(s)")
     report = sorted({(hide(shown.get(path, path)), status, reason) for path, status, reason in problems})
     write_table(out / "report.csv", ("file", "status", "reason"), report)
-    for status, title in (("refused", "refused"), ("left out", "left out"), ("warning", "kept with a warning")):
-        if count := sum(line[1] == status for line in report):
-            print(f"{count} {title}: see {out / 'report.csv'}", file=sys.stderr)
-    if not any(rows.values()):
-        print(f"No slices were written: no usable image in the input ({out / 'report.csv'}).", file=sys.stderr)
-    return int(not any(rows.values()) or any(status == "refused" for _, status, _ in report))
+    if counts := Counter(status for _, status, _ in report):
+        print(*(f"{counts[key]} {key}," for key in sorted(counts)), f"named in {out / 'report.csv'}", file=sys.stderr)
+    if empty := not any(rows.values()):
+        print("No slices were written: the input holds no usable image.", file=sys.stderr)
+    return int(empty or counts["refused"] > 0)
 
 
 def read_headers(inputs: list[str], out: Path, workers: int) -> tuple[list[Slice], dict[str, str], list]:
     """(slices, {path: how it is shown}, problems) of all files below the inputs."""
     files, problems = find_files(inputs, out)
-    found = parallel(examine, list(files), workers, "Reading headers")
-    crashed = [(path, "refused", "crashed its reader") for path, one in zip(files, found, strict=True) if one is None]
-    found = [one for one in found if one]
-    return [s for one in found for s in one[0]], files, problems + crashed + [p for one in found for p in one[1]]
+    slices = []
+    for path, found in zip(files, parallel(examine, list(files), workers, "Reading headers"), strict=True):
+        more, notes = found or ([], [(path, "refused", "crashed its reader")])
+        slices += more
+        problems += notes
+    return slices, files, problems
 
 
 def prepare(inputs: list[str], out: Path, size: int, split: list[str], seed: int, volumes: bool, keep_names: bool,
@@ -383,11 +363,9 @@ def prepare(inputs: list[str], out: Path, size: int, split: list[str], seed: int
         series[one.patient][one.series].append(one)
     outputs = []
     for patient, members in sorted(series.items()):
-        ordered = []
-        for _, found in sorted(members.items()):
-            kept, notes = order_series(found)
-            problems += notes
-            ordered += [kept] if volumes else [[one] for one in kept]
+        found = [order_series(group) for _, group in sorted(members.items())]
+        problems += [problem for _, notes in found for problem in notes]
+        ordered = [kept if volumes else [one] for kept, _ in found for one in (kept[:1] if volumes else kept)]
         if patient not in part_of:
             problems += [(group[0].path, "left out", "is of a patient in no list of --split") for group in ordered]
             continue
@@ -399,9 +377,8 @@ def prepare(inputs: list[str], out: Path, size: int, split: list[str], seed: int
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        "python -m datasets.prepare", description=__doc__.split("\n\n")[1], fromfile_prefix_chars="@",
-        epilog="@FILE stands for the arguments in FILE, one a line.")
+    parser = argparse.ArgumentParser("python -m datasets.prepare", description=__doc__.split("\n\n")[1],
+                                     fromfile_prefix_chars="@", epilog="@FILE: arguments from FILE, one a line.")
     parser.add_argument("inputs", metavar="INPUT", nargs="+", help="a file or a folder of any layout")
     parser.add_argument("--out", metavar="DIR", type=Path, required=True, help="where the slices go")
     parser.add_argument("--size", type=int, default=256, help="side of a slice in pixels (default: %(default)s)")
@@ -410,22 +387,13 @@ def main(argv: list[str] | None = None) -> int:
                              "patients' IDs: train=* val=A test=B,C, where * stands for all others")
     parser.add_argument("--seed", type=int, default=0, help="which patients go where with fractions")
     parser.add_argument("--volumes", action="store_true",
-                        help="one (slices, size, size) array a series, to be memory-mapped, instead of a file a slice")
+                        help="one (N, size, size) array a series, to be memory-mapped, not a file a slice")
     parser.add_argument("--keep-names", action="store_true", help="patients' IDs in file names and tables")
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes (default: all cores)")
     args = parser.parse_args(argv)
-    if not 8 <= args.size <= 4096 or args.workers < 1:
-        parser.error("--size must lie between 8 and 4096, --workers must be at least 1")
-    return run(prepare, **vars(args))
-
-
-def run(function, out: Path, **arguments) -> int:
-    """Call function(out=..., ...); an interruption ends with a sentence and status 130."""
-    try:
-        return function(out=out, **arguments)
-    except KeyboardInterrupt:
-        print(f"\nInterrupted. What {out} holds is whole; the same command does the rest.", file=sys.stderr)
-        return 130
+    if not 8 <= args.size <= 4096 or args.workers < 1 or args.out.is_file():
+        parser.error("--size must lie between 8 and 4096, --workers be at least 1, and --out be no file")
+    return prepare(**vars(args))
 
 
 if __name__ == "__main__":

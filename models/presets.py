@@ -47,6 +47,15 @@ class Preset:
     val_every: int = 0             # images between validations; 0: after passes 0, 3, 6, ... and the last
     save_every: int = 4000         # images between checkpoints
 
+    def check(self) -> None:
+        """Raises ValueError with a sentence for values that cannot be."""
+        for name, least in {"width": 32, "stem": 1, "images": 0, "epochs": 1, "batch": 1, "hops": 0, "save_every": 1,
+                            "ema_every": 1, "val_every": 0, "val_slices": 0, "warmup": 0, "lr": 0.0}.items():
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} is {getattr(self, name)}; expected {least} or more")
+        if self.width % 32:
+            raise ValueError(f"width is {self.width}; expected a multiple of 32, the groups of its normalisation")
+
     def network(self) -> UNetConfig:
         return UNetConfig(width=self.width, dropout=self.dropout, stem=self.stem, residual=self.residual,
                           shift=self.shift, scale=self.scale, zero_init=self.zero_init)

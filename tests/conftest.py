@@ -40,6 +40,23 @@ def data(tmp_path):
     return tmp_path / "data"
 
 
+@pytest.fixture
+def call(capsys):
+    """Call a script's main(argv) in this process; its standard output and error as one text."""
+    def call(main, *args, expect=0):
+        try:
+            main([str(a) for a in args])
+            code = 0
+        except SystemExit as stop:
+            code = stop.code
+        out, err = capsys.readouterr()
+        text = out + err + (code if isinstance(code, str) else "")
+        assert (code in (0, None)) == (expect == 0), text
+        return text
+
+    return call
+
+
 def run(*command, expect=0, **environment):
     """Run a script of the project; its standard output and error as one text."""
     done = subprocess.run([sys.executable, *map(str, command)], cwd=ROOT, capture_output=True, text=True, timeout=600,

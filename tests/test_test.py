@@ -48,29 +48,32 @@ def timeless(path):
     return [{k: v for k, v in row.items() if k != "seconds_per_slice"} for row in csv.DictReader(path.open())]
 
 
-def test_an_interrupted_run_resumes_to_the_same_table(data, checkpoint, tmp_path):
-    command = ["test.py", "--data", data, "--checkpoint", checkpoint, "--views", 36, "--batch", 3, "--out"]
-    run(*command, tmp_path / "whole")
+def test_an_interrupted_run_resumes_to_the_same_table(data, checkpoint, tmp_path, call):
+    command = ["--data", data, "--checkpoint", checkpoint, "--views", 36, "--batch", 3, "--out"]
+    call(evaluation.main, *command, tmp_path / "whole")
     shutil.copytree(tmp_path / "whole", tmp_path / "cut")
     lines = (tmp_path / "cut" / "results.csv").read_text().splitlines()
     (tmp_path / "cut" / "results.csv").write_text("\n".join(lines[:38])[:-7])
-    run(*command, tmp_path / "cut")
+    call(evaluation.main, *command, tmp_path / "cut")
     assert timeless(tmp_path / "cut" / "results.csv") == timeless(tmp_path / "whole" / "results.csv")
 
 
-def test_batch_size_does_not_change_results(data, checkpoint, tmp_path):
+def test_batch_size_does_not_change_results(data, checkpoint, tmp_path, call):
     tables = []
     for batch in (1, 8):
         out = tmp_path / f"batch{batch}"
-        run("test.py", "--data", data, "--checkpoint", checkpoint, "--views", 36, "--batch", batch, "--out", out)
+        call(evaluation.main, "--data", data, "--checkpoint", checkpoint, "--views", 36, "--batch", batch, "--out", out)
         tables.append([float(row["psnr"]) for row in timeless(out / "results.csv")])
     np.testing.assert_allclose(*tables, atol=1e-3)
 
 
-def test_bad_input_gets_a_sentence_and_nothing_is_overwritten(data, checkpoint, tmp_path):
+def test_bad_input_gets_a_sentence_and_nothing_is_overwritten(data, checkpoint, tmp_path, call):
     out = tmp_path / "out"
-    go = lambda *extra, expect=1: run("test.py", "--data", data, "--out", out, "--checkpoint", checkpoint,  # noqa: E731
-                                      "--views", 36, "--methods", "fbp", *extra, expect=expect)
+
+    def go(*extra, expect=1):
+        return call(evaluation.main, "--data", data, "--out", out, "--checkpoint", checkpoint, "--views", 36,
+                    "--methods", "fbp", *extra, expect=expect)
+
     assert "expected 1 to 720" in go("--views", "0")
     assert "expected 1 to 720" in go("--views", "721")
     assert "does not exist" in go("--checkpoint", tmp_path / "none.safetensors")
@@ -103,8 +106,9 @@ def test_bad_input_gets_a_sentence_and_nothing_is_overwritten(data, checkpoint, 
     assert not (tmp_path / "fresh").exists()
 
 
-def test_other_sizes_keep_the_field_of_view(checkpoint, tmp_path):
+def test_other_sizes_keep_the_field_of_view(checkpoint, tmp_path, call):
     (tmp_path / "big").mkdir()
     np.save(tmp_path / "big" / "X_1.npy", body(64, 3))
-    run("test.py", "--data", tmp_path / "big", "--out", tmp_path / "out", "--checkpoint", checkpoint, "--views", 100)
-    assert {row["views"] for row in evaluation.json.loads((tmp_path / "out" / "summary.json").read_text())} == {100}
+    call(evaluation.main, "--data", tmp_path / "big", "--checkpoint", checkpoint, "--views", 100, "--out",
+         tmp_path / "out")
+    assert {row["views"] for row in json.loads((tmp_path / "out" / "summary.json").read_text())} == {100}

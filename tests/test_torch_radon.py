@@ -277,7 +277,7 @@ def test_upstream_defaults():
     assert (radon.det_count, radon.det_distance, radon.det_spacing) == (32, 100, 2.0)
     radon = RadonFanbeam(32, [0.0], 100, 50)
     assert (radon.det_distance, radon.det_spacing) == (50, 1.5)
-    assert RadonFanbeam(32, [0.0], 100, 0, 32, 1.0).det_distance == 0
+    assert RadonFanbeam(32, [0.0], 100, 0, 48, 1.0).det_distance == 0
     assert radon.backward.__func__ is radon.backprojection.__func__
     with pytest.warns(UserWarning, match="det_spacing 1.5 is replaced by 2.0"):
         assert RadonFanbeam(32, [0.0], 100, det_spacing=1.5).det_spacing == 2.0

@@ -38,8 +38,8 @@ def test_train_writes_a_checkpoint_with_its_configuration(data, tmp_path):
     assert list(out.glob("events.out.tfevents*"))
 
 
-def test_learning_lowers_the_loss(data, tmp_path):
-    run("train.py", *FAST, "--data", data, "--out", tmp_path / "out", "--images", "400", "--warmup", "20",
+def test_learning_lowers_the_loss(data, tmp_path, call):
+    call(train.main, *FAST, "--data", data, "--out", tmp_path / "out", "--images", "400", "--warmup", "20",
         "--val-every", "400", "--save-every", "400", "--epct-start", "1000", "--augment")
     losses = [json.loads(line) for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
     losses = [line["loss/restore"] for line in losses if "loss/restore" in line]
@@ -66,30 +66,35 @@ def test_killed_and_restarted_ends_bit_identical(data, tmp_path):
     assert all(torch.equal(whole[k], killed[k]) for k in whole)
 
 
-def test_a_truncated_state_is_passed_over(data, tmp_path):
+def test_a_truncated_state_is_passed_over(data, tmp_path, call):
     out = tmp_path / "out"
-    run("train.py", *FAST, "--data", data, "--out", out)
+    call(train.main, *FAST, "--data", data, "--out", out)
     finished = load_file(out / "checkpoint.safetensors")
     newest = sorted(out.glob("state-*.pt"))[-1]
     newest.write_bytes(newest.read_bytes()[:1000])
-    text = run("train.py", *FAST, "--data", data, "--out", out)
+    text = call(train.main, *FAST, "--data", data, "--out", out)
     assert newest.name in text and "Resuming" in text
     assert all(torch.equal(value, finished[k]) for k, value in load_file(out / "checkpoint.safetensors").items())
 
 
-def test_one_folder_is_split_by_patient(tmp_path):
+def test_one_folder_is_split_by_patient(tmp_path, call):
     folder = write_slices(tmp_path / "slices", ("L067", "L096", "L109"), 3, 32)
     train_files, val_files = train.split_by_patient(sorted(folder.glob("*.npy")), 0.3)
     assert {f.name[:4] for f in train_files}.isdisjoint({f.name[:4] for f in val_files}) and len(val_files) == 3
-    run("train.py", *FAST, "--data", folder, "--out", tmp_path / "out", "--images", "8", "--val-fraction", "0.3")
+    call(train.main, *FAST, "--data", folder, "--out", tmp_path / "out", "--images", "8", "--val-fraction", "0.3")
 
 
-def test_bad_input_gets_a_sentence_and_nothing_is_overwritten(data, tmp_path):
+def test_bad_input_gets_a_sentence_and_nothing_is_overwritten(data, tmp_path, call):
     out = tmp_path / "out"
-    go = lambda *extra, to=out, expect=1: run("train.py", *FAST, "--data", data, "--out", to, *extra, expect=expect)  # noqa: E731
+
+    def go(*extra, to=out, expect=1):
+        return call(train.main, *FAST, "--data", data, "--out", to, *extra, expect=expect)
+
     assert "invalid choice: 'huge'" in go("--preset", "huge")
     assert "unrecognized arguments: --nonsense" in go("--nonsense", "1")
     assert "does not exist" in go("--data", tmp_path / "missing")
+    assert "batch is 0; expected 1 or more" in go("--batch", "0")
+    assert "cannot be used" in go("--device", "tpu")
     (tmp_path / "empty").mkdir()
     assert "no .npy slices" in go("--data", tmp_path / "empty")
     assert not out.exists()

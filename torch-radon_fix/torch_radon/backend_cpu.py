@@ -29,26 +29,32 @@ jit = njit(nogil=True, cache=True, error_model="numpy")
 @jit
 def _pack_image(image, maps, packed, start, stop):
     blocks, height, width, lanes = packed.shape
+    source, step = np.empty(lanes, np.int64), np.empty(lanes, np.int64)
     for i in range(start, stop):
         block, r = i // (height - 2 * PAD), i % (height - 2 * PAD)
         for lane in range(lanes):
-            b, offset, row, column = maps[block, lane]
-            if b >= 0:
-                source = offset + r * row
-                for q in range(width - 2 * PAD):
-                    packed[block, r + PAD, q + PAD, lane] = image[b, source + q * column]
+            offset, row, column = maps[block, lane]
+            source[lane], step[lane] = offset + r * row, column
+        for q in range(width - 2 * PAD):
+            for lane in range(lanes):
+                packed[block, r + PAD, q + PAD, lane] = image[source[lane] + q * step[lane]]
 
 
 @jit
 def _unpack_image(packed, maps, image, start, stop):
     batch, height, width = image.shape
+    elements = maps.shape[1]
+    source, step = np.empty(elements, np.int64), np.empty(elements, np.int64)
     for i in range(start, stop):
         b, r = i // height, i % height
-        for j in range(maps.shape[1]):
-            block, lane, offset, row, column = maps[b, j]
-            source = offset + (r + PAD) * row + PAD * column
-            for q in range(width):
-                image[b, r, q] += packed[block, source + q * column, lane]
+        for j in range(elements):
+            offset, row, column = maps[b, j]
+            source[j], step[j] = offset + (r + PAD) * row + PAD * column, column
+        for q in range(width):
+            total = np.float32(0)
+            for j in range(elements):
+                total += packed[source[j] + q * step[j]]
+            image[b, r, q] = total
 
 
 @jit
@@ -225,12 +231,12 @@ def _run(kernel, items: int, *arguments):
     if not kernel.signatures:  # compile or load before the threads would queue for it
         with event.install_listener("numba:compile", _announce):
             kernel(*arguments, 0, 0)
-    pieces = 1 if workers == 1 else min(items, 4 * workers)
+    pieces = min(items, workers)  # all items cost the same, and this thread does the first piece itself
     edges = [items * i // pieces for i in range(pieces + 1)]
-    if pieces == 1:
-        kernel(*arguments, 0, items)
-    else:
-        list(_pool[1].map(lambda i: kernel(*arguments, edges[i], edges[i + 1]), range(pieces)))
+    others = [_pool[1].submit(kernel, *arguments, *edges[i:i + 2]) for i in range(1, pieces)]
+    kernel(*arguments, *edges[:2])
+    for other in others:
+        other.result()
 
 
 @dataclass(frozen=True)
@@ -244,8 +250,8 @@ class _Plan:
     rays: dict
     trigonometry: np.ndarray  # (views, 2) cos, sin
     scan: tuple
-    image_in: np.ndarray      # (blocks, LANES, 4): batch index or -1, offset, row step, column step
-    image_out: np.ndarray     # (batch, elements, 5): block, lane, offset, row step, column step of the inverse
+    image_in: np.ndarray      # (blocks, LANES, 3): flat offset in the batch, row and column step (image 0 if unused)
+    image_out: np.ndarray     # (batch, elements, 3): the same into the packed images, of the inverse element
     sinogram: np.ndarray      # (blocks, views, LANES, 3): batch index, view or -1, reversed
     shape: tuple              # padded (height, width)
 
@@ -266,16 +272,19 @@ def _plan(geometry: Geometry, batch: int) -> _Plan:
     elements, views = len(reduction.group), len(reduction.angles)
     blocks = -(-elements * batch // LANES)
     height, width = geometry.height, geometry.width
-    image_in = np.full((blocks * LANES, 4), -1, np.int64)
-    image_out = np.zeros((batch, elements, 5), np.int64)
+    padded = height + 2 * PAD, width + 2 * PAD
+    image_in = np.zeros((blocks * LANES, 3), np.int64)
+    image_out = np.zeros((batch, elements, 3), np.int64)
     sinogram = np.full((blocks * LANES, views, 3), -1, np.int64)
     for j, element in enumerate(reduction.group):
         k, s = element
         inverse = ((-k) % 4, 1) if s > 0 else element
         for b in range(batch):
             lane = j * batch + b
-            image_in[lane] = b, *pixel_map(element, height, width)
-            image_out[b, j] = lane // LANES, lane % LANES, *pixel_map(inverse, height + 2 * PAD, width + 2 * PAD)
+            image_in[lane] = pixel_map(element, height, width)
+            image_in[lane, 0] += b * height * width
+            image_out[b, j] = np.array(pixel_map(inverse, *padded)) * LANES
+            image_out[b, j, 0] += lane // LANES * padded[0] * padded[1] * LANES + lane % LANES
             sinogram[lane] = np.stack([np.full(views, b), reduction.views[:, j], np.full(views, s < 0)], axis=1)
     rays = ray_samples(geometry, reduction.angles, geometry.bins[first:stop])
     rays["x"], rays["y"] = rays["x"] + PAD, rays["y"] + PAD
@@ -284,21 +293,21 @@ def _plan(geometry: Geometry, batch: int) -> _Plan:
             float(geometry.det_spacing), centre, geometry.det_count / 2 if geometry.clip_to_circle else 0.0,
             geometry.weights == "fdk")
     return _Plan(blocks, views, first, stop, rays, np.stack([np.cos(reduction.angles), np.sin(reduction.angles)], 1),
-                 scan, image_in.reshape(blocks, LANES, 4), image_out,
+                 scan, image_in.reshape(blocks, LANES, 3), image_out,
                  np.ascontiguousarray(sinogram.reshape(blocks, LANES, views, 3).transpose(0, 2, 1, 3)),
-                 (height + 2 * PAD, width + 2 * PAD))
+                 padded)
 
 
 def _pack_images(plan, image):
     packed = plan.images(plan.blocks)
     rows = image.shape[1]
-    _run(_pack_image, plan.blocks * rows, image.reshape(len(image), -1), plan.image_in, packed)
+    _run(_pack_image, plan.blocks * rows, image.reshape(-1), plan.image_in, packed)
     return packed
 
 
 def _unpack_images(plan, packed, geometry, batch):
-    image = np.zeros((batch, geometry.height, geometry.width), np.float32)
-    _run(_unpack_image, batch * geometry.height, packed.reshape(plan.blocks, -1, LANES), plan.image_out, image)
+    image = np.empty((batch, geometry.height, geometry.width), np.float32)
+    _run(_unpack_image, batch * geometry.height, packed.reshape(-1), plan.image_out, image)
     return image
 
 
@@ -387,8 +396,7 @@ def fbp(geometry: Geometry, image: torch.Tensor, view_weights: torch.Tensor, nam
     array = image.numpy()
     plan = _plan(geometry, len(array))
     sinogram = torch.from_numpy(_project(plan, _pack_images(plan, array)))
-    views = torch.from_numpy(plan.sinogram[..., 1]).clamp_min(0)
-    sinogram *= view_weights[views][:, :, None, :]  # a lane without a view holds garbage: see below
-    sinogram *= torch.from_numpy(plan.sinogram[..., 1] >= 0)[:, :, None, :]
+    views = torch.from_numpy(plan.sinogram[..., 1])  # -1 for lanes that hold no view
+    sinogram *= torch.where(views < 0, 0, view_weights[views])[:, :, None, :]
     filtered = torch.matmul(_filter(geometry, name, plan.first, plan.stop), sinogram)
     return torch.from_numpy(_unpack_images(plan, _smear(plan, filtered.numpy()), geometry, len(array)))

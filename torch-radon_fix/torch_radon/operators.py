@@ -1,6 +1,8 @@
 """`Radon` and `RadonFanbeam`: upstream's v1 classes, their borders, gradients and choice of backend."""
 
+import contextlib
 import functools
+import hashlib
 import logging
 import math
 import warnings
@@ -16,7 +18,8 @@ from .noise import add_noise, set_seed
 log = logging.getLogger("torch_radon")
 
 TRANSPOSE = {"forward": "forward_transpose", "forward_transpose": "forward",
-             "backproject": "backproject_transpose", "backproject_transpose": "backproject"}
+             "backproject": "backproject_transpose", "backproject_transpose": "backproject",
+             "filter": "filter_transpose", "filter_transpose": "filter"}
 
 
 @functools.cache
@@ -29,27 +32,107 @@ def _cpu_backend():
     return backend_cpu
 
 
-def backend_for(tensor: torch.Tensor):
-    """The module whose kernels serve this tensor: Numba for float32 on the CPU, plain PyTorch for everything else.
+@functools.cache
+def _cuda_backend():
+    try:
+        from . import backend_cuda
+    except ImportError as error:
+        log.warning("torch_radon: the fast CUDA backend is off (%s); plain PyTorch serves instead", error)
+        return backend_torch
+    return backend_cuda
 
-    A CUDA backend (one module with the functions of `backend_cpu`) is chosen here.
+
+def backend_for(tensor: torch.Tensor):
+    """The module whose kernels serve this tensor: Numba for float32 on the CPU, Triton for float32 and float16 on CUDA,
+    plain PyTorch for everything else.
     """
     if tensor.device.type == "cpu" and tensor.dtype == torch.float32:
         return _cpu_backend()
+    if tensor.device.type == "cuda" and tensor.dtype in (torch.float32, torch.float16):
+        return _cuda_backend()
     return backend_torch
 
 
-class _Linear(torch.autograd.Function):
-    """One of the four linear maps; its gradient is the true transpose, itself differentiable."""
+# Operators that torch.compile takes as they are get no objects, so a geometry is known to them by its digest: the same
+# in every process, because compiled graphs are cached on disk.
+GEOMETRIES: dict[str, Geometry] = {}
 
-    @staticmethod
-    def forward(ctx, x, geometry, kernel):
-        ctx.geometry, ctx.kernel = geometry, kernel
-        return getattr(backend_for(x), kernel)(geometry, x)
 
-    @staticmethod
-    def backward(ctx, gradient):
-        return _Linear.apply(gradient.contiguous(), ctx.geometry, TRANSPOSE[ctx.kernel]), None, None
+def _register(geometry: Geometry) -> str:
+    key = hashlib.sha256(repr(geometry).encode()).hexdigest()[:24]
+    GEOMETRIES[key] = geometry
+    return key
+
+
+def _prepared(x: torch.Tensor) -> torch.Tensor:
+    """Contiguous, and float32 where the backend cannot store float16."""
+    half = x.dtype == torch.float16 and backend_for(x) is backend_torch
+    return (x.float() if half else x).contiguous()
+
+
+def _filter(geometry: Geometry, sinogram: torch.Tensor, name: str, transposed: bool) -> torch.Tensor:
+    p = sinogram.float() if sinogram.dtype == torch.float16 else sinogram
+    weight = torch.from_numpy(detector_weight(geometry)).to(p)
+    scale = math.pi / 2 / len(geometry.angles)
+    if transposed:  # the convolution is its own transpose
+        return backend_torch.apply_filter(p, name) * (scale * weight)
+    return backend_torch.apply_filter(p * weight, name) * scale
+
+
+@contextlib.contextmanager
+def _inside(device: str):
+    """What kernels run under: no autocast; and the machinery of gradients, which is off inside an operator and which
+    the PyTorch backend writes its transposes with.
+    """
+    excluded = torch._C._dispatch_tls_local_exclude_set().remove(torch._C.DispatchKey.AutogradFunctionality)
+    with torch._C._ForceDispatchKeyGuard(torch._C._dispatch_tls_local_include_set(), excluded), torch.no_grad():
+        with torch.autocast(device, enabled=False):
+            yield
+
+
+@torch.library.custom_op("torch_radon::linear", mutates_args=())
+def _apply(x: torch.Tensor, geometry: str, kernel: str, filter_name: str) -> torch.Tensor:
+    """One of the linear maps of (B, ..., ...); float64 for float64, else float32, whatever autocast says."""
+    x, g = _prepared(x), GEOMETRIES[geometry]
+    with _inside(x.device.type):
+        if filter_name:
+            return _filter(g, x, filter_name, kernel == "filter_transpose")
+        return getattr(backend_for(x), kernel)(g, x)
+
+
+@_apply.register_fake
+def _(x, geometry, kernel, filter_name):
+    g = GEOMETRIES[geometry]
+    to_image = kernel in ("forward_transpose", "backproject")
+    shape = (g.height, g.width) if to_image else (len(g.angles), g.det_count)
+    return x.new_empty((x.shape[0], *shape), dtype=x.dtype if x.dtype == torch.float64 else torch.float32)
+
+
+def _remember(ctx, inputs, output):
+    x, ctx.geometry, ctx.kernel, ctx.filter_name = inputs
+    ctx.dtype = x.dtype
+
+
+def _transposed(ctx, gradient):
+    """The gradient of a linear map is its true transpose, itself differentiable."""
+    gradient = _apply(gradient, ctx.geometry, TRANSPOSE[ctx.kernel], ctx.filter_name)
+    return gradient.to(ctx.dtype), None, None, None
+
+
+_apply.register_autograd(_transposed, setup_context=_remember)
+
+
+@torch.library.custom_op("torch_radon::fbp", mutates_args=())
+def _fbp(x: torch.Tensor, view_weights: torch.Tensor, geometry: str, filter_name: str) -> torch.Tensor:
+    """backprojection(filter(forward(x))) of (B, H, W); precision as in `_apply`, no gradient."""
+    x = _prepared(x)
+    with _inside(x.device.type):
+        return backend_for(x).fbp(GEOMETRIES[geometry], x, view_weights, filter_name)
+
+
+@_fbp.register_fake
+def _(x, view_weights, geometry, filter_name):
+    return x.new_empty(x.shape, dtype=view_weights.dtype)
 
 
 def _checked(x, trailing: tuple[int, int], what: str) -> torch.Tensor:
@@ -62,11 +145,9 @@ def _checked(x, trailing: tuple[int, int], what: str) -> torch.Tensor:
     return x
 
 
-def _linear(kernel: str, x: torch.Tensor, geometry: Geometry) -> torch.Tensor:
+def _linear(kernel: str, x: torch.Tensor, key: str, filter_name: str = "") -> torch.Tensor:
     """Apply a kernel over the last two dimensions; half precision is computed in float32."""
-    work = x.float() if x.dtype == torch.float16 else x
-    with torch.autocast(x.device.type, enabled=False):
-        y = _Linear.apply(work.reshape(-1, *x.shape[-2:]).contiguous(), geometry, kernel)
+    y = _apply(x.reshape(-1, *x.shape[-2:]), key, kernel, filter_name)
     return y.reshape(*x.shape[:-2], *y.shape[-2:]).to(x.dtype)
 
 
@@ -74,12 +155,16 @@ class _Projector:
     """What `Radon` and `RadonFanbeam` share: the maps between images (..., H, W) and sinograms (..., views, bins)."""
 
     def __init__(self, geometry: Geometry):
-        self.geometry = geometry
+        self.geometry, self._key = geometry, _register(geometry)
         self.angles = -torch.tensor(geometry.angles, dtype=torch.float32)  # negated, as upstream keeps them
         self.resolution = geometry.height if geometry.height == geometry.width else (geometry.height, geometry.width)
         self.det_count = geometry.det_count
         self.det_spacing = geometry.det_spacing
         self.clip_to_circle = geometry.clip_to_circle
+
+    def __setstate__(self, state):
+        self.__dict__.update(state)
+        _register(self.geometry)  # another process has a table of its own
 
     @property
     def _image_shape(self):
@@ -91,18 +176,18 @@ class _Projector:
 
     def forward(self, imgs: torch.Tensor) -> torch.Tensor:
         """Projection of images (..., H, W) -> (..., views, bins). README, "Equations"."""
-        return _linear("forward", _checked(imgs, self._image_shape, "the image"), self.geometry)
+        return _linear("forward", _checked(imgs, self._image_shape, "the image"), self._key)
 
     def backprojection(self, sinogram: torch.Tensor) -> torch.Tensor:
         """Backprojection of (..., views, bins) -> (..., H, W): interpolated, not the transpose of `forward`."""
-        return _linear("backproject", _checked(sinogram, self._sinogram_shape, "the sinogram"), self.geometry)
+        return _linear("backproject", _checked(sinogram, self._sinogram_shape, "the sinogram"), self._key)
 
     backward = backprojection
     add_noise, set_seed = staticmethod(add_noise), staticmethod(set_seed)  # where upstream has them
 
     def transpose(self, sinogram: torch.Tensor) -> torch.Tensor:
         """The exact transpose of `forward`: (..., views, bins) -> (..., H, W). For least squares."""
-        return _linear("forward_transpose", _checked(sinogram, self._sinogram_shape, "the sinogram"), self.geometry)
+        return _linear("forward_transpose", _checked(sinogram, self._sinogram_shape, "the sinogram"), self._key)
 
     def filter_sinogram(self, sinogram: torch.Tensor, filter_name: str = "ramp") -> torch.Tensor:
         """Filter every row of (..., views, bins) and weight it by pi/(2 views). Raises ValueError for unknown names.
@@ -112,11 +197,7 @@ class _Projector:
         _checked(sinogram, self._sinogram_shape, "the sinogram")
         if filter_name not in FILTERS:
             raise ValueError(f"filter_name is {filter_name!r}; expected one of {', '.join(FILTERS)}")
-        work = sinogram.float() if sinogram.dtype == torch.float16 else sinogram
-        with torch.autocast(sinogram.device.type, enabled=False):
-            weight = torch.from_numpy(detector_weight(self.geometry)).to(work)
-            filtered = backend_torch.apply_filter(work * weight, filter_name) * (math.pi / 2 / len(self.angles))
-        return filtered.to(sinogram.dtype)
+        return _linear("filter", sinogram, self._key, filter_name)
 
     def degrade(self, imgs: torch.Tensor, view_weights=None, filter_name: str = "ramp") -> torch.Tensor:
         """backprojection(filter(forward(imgs))) in one call, (..., H, W) -> (..., H, W), without a gradient.
@@ -124,16 +205,17 @@ class _Projector:
         view_weights: the factor of each view, pi/(2 views) for all if None. float16 is computed in float32.
         """
         _checked(imgs, self._image_shape, "the image")
-        work = imgs.detach().float() if imgs.dtype == torch.float16 else imgs.detach()
+        if filter_name not in FILTERS:
+            raise ValueError(f"filter_name is {filter_name!r}; expected one of {', '.join(FILTERS)}")
+        views, dtype = len(self.geometry.angles), torch.float64 if imgs.dtype == torch.float64 else torch.float32
         if view_weights is None:
-            view_weights = np.full(len(self.geometry.angles), math.pi / 2 / len(self.geometry.angles))
-        weights = torch.as_tensor(view_weights).to(work)
+            weights = torch.full((views,), math.pi / 2 / views, dtype=dtype, device=imgs.device)
+        else:
+            weights = torch.as_tensor(view_weights).to(imgs.device, dtype)
         if weights.shape != self._sinogram_shape[:1]:
-            raise ValueError(f"view_weights has shape {tuple(weights.shape)}; expected one a view: "
-                             f"({len(self.angles)},)")
-        with torch.no_grad(), torch.autocast(imgs.device.type, enabled=False):
-            y = backend_for(work).fbp(self.geometry, work.reshape(-1, *self._image_shape).contiguous(), weights,
-                                      filter_name)
+            raise ValueError(f"view_weights has shape {tuple(weights.shape)}; expected one a view: ({views},)")
+        with torch.no_grad():
+            y = _fbp(imgs.detach().reshape(-1, *self._image_shape), weights, self._key, filter_name)
         return y.reshape(imgs.shape).to(imgs.dtype)
 
 

@@ -1,0 +1,169 @@
+"""The CUDA kernels without a GPU: their numbers through Triton's interpreter, their machine code through its compiler.
+
+The interpreter has to be chosen before Triton is imported, so it runs in a process of its own: this file as a script.
+"""
+
+import json
+import math
+import os
+import re
+import subprocess
+import sys
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from torch_radon import Radon, RadonFanbeam, backend_torch
+
+triton = pytest.importorskip("triton", reason="Triton is not installed: the CUDA kernels cannot be checked")
+GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU here: the kernels run interpreted only")
+TURN = 2 * np.pi
+KERNELS = ("forward", "forward_transpose", "backproject", "backproject_transpose")
+
+
+def scans(size, views):
+    """name -> (operator, batch)."""
+    angles = TURN * np.arange(views) / views
+    near, bins = 4.2 * size, int(2.7 * size)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the circles leave the corners out
+        return {
+            "fan": (RadonFanbeam(size, angles, near, near, bins, 2.0), 3),
+            "fan circle": (RadonFanbeam(size, angles + 0.1, near, size, size, 1.3, clip_to_circle=True), 1),
+            "fdk offset": (RadonFanbeam((size - 4, size + 3), angles[: views // 2], 2 * size, 30, 2 * size, 1.3,
+                                        det_offset=0.3, weights="fdk"), 1),
+            "parallel": (Radon(size, angles / 2 + 0.05, int(1.5 * size)), 1),
+            "parallel circle": (Radon(size, angles / 2 + 0.05, size - 4, 1.1, clip_to_circle=True), 3),
+        }
+
+
+def relative(a, b):
+    a, b = a.double().cpu(), b.double().cpu()
+    return ((a - b).norm() / b.norm()).item()
+
+
+def measure(size, views, device):
+    """Relative errors against float64, {"fan forward": ..., "fan adjoint": ..., "half fbp": ...}."""
+    from torch_radon import backend_cuda
+
+    errors, generator = {}, torch.Generator().manual_seed(0)
+    for name, (radon, batch) in scans(size, views).items():
+        g = radon.geometry
+        x = torch.rand(batch, g.height, g.width, generator=generator)
+        p = torch.rand(batch, len(g.angles), g.det_count, generator=generator)
+        results = {}
+        for kernel in KERNELS:
+            argument = x if kernel in ("forward", "backproject_transpose") else p
+            results[kernel] = getattr(backend_cuda, kernel)(g, argument.to(device)).cpu()
+            errors[f"{name} {kernel}"] = relative(results[kernel], getattr(backend_torch, kernel)(g, argument.double()))
+        for map_, transpose, a, b in ((*KERNELS[:2], x, p), (*KERNELS[2:], p, x)):
+            left, right = (results[map_].double() * b).sum(), (a.double() * results[transpose]).sum()
+            errors[f"{name} {map_} adjoint"] = abs(left - right).item() / (results[map_].norm() * b.norm()).item()
+        weights = torch.full((len(g.angles),), math.pi / 2 / len(g.angles))
+        fbp = backend_cuda.fbp(g, x.to(device), weights.to(device), "hamming")
+        errors[f"{name} fbp"] = relative(fbp, backend_torch.fbp(g, x.double(), weights.double(), "hamming"))
+        if name == "fan":
+            half = backend_cuda.fbp(g, x.half().to(device), weights.to(device), "ramp")
+            errors["half"] = relative(half, backend_torch.fbp(g, x.half().double(), weights.double(), "ramp"))
+    return errors
+
+
+def check(errors):
+    assert errors.pop("half") <= 3e-4
+    assert len(errors) == 5 * 7
+    bad = {k: v for k, v in errors.items() if not v <= (1e-5 if k.endswith("adjoint") else 2e-5)}
+    assert not bad
+
+
+def test_kernels_interpreted():
+    done = subprocess.run([sys.executable, __file__], env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True,
+                          text=True, timeout=600)
+    assert done.returncode == 0, done.stderr
+    check(json.loads(done.stdout))
+
+
+@GPU
+def test_kernels_on_the_gpu():
+    check(measure(256, 36, "cuda"))
+
+
+@GPU
+def test_cuda_graph():
+    radon, x = scans(256, 18)["fan"][0], torch.rand(2, 256, 256, device="cuda")
+    expected = radon.degrade(1 - x)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = radon.degrade(x)
+    x.copy_(1 - x)
+    graph.replay()
+    assert torch.equal(y, expected)
+
+
+FLOAT, HALF = "*fp32", "*fp16"
+FORWARD = {"image": FLOAT, "sinogram": FLOAT, "SCATTER": False, "LANES": 4}
+BACK = {"image": FLOAT, "sinogram": FLOAT, "SCATTER": False, "FAN": True, "SQUARED": False, "LANES": 4}
+PACK = {"source": FLOAT, "target": FLOAT, "ROW_PAD": 2, "FRONT": 2, "BACK": 2, "TURNED": True, "LANES": 4}
+PRODUCT = {"sinogram": FLOAT, "target": FLOAT, "LANES": 4}
+# Kernel, what its arguments are (a type of pointer, or a constant; 1 is what a launch makes of every 1), and how many
+# loads of 16 bytes it must have.
+COMPILED = {
+    "pack": ("_pack", PACK, 0),
+    "pack one": ("_pack", PACK | {"batch": 1, "rows": 1, "columns": 1, "stride_r": 1, "TURNED": False, "LANES": 1}, 0),
+    "forward": ("_project", FORWARD, 4),
+    "forward half": ("_project", FORWARD | {"image": HALF, "LANES": 8}, 4),
+    "forward one": ("_project", FORWARD | {"batch": 1, "bins": 1, "stride_v": 1, "LANES": 1}, 0),
+    "forward transposed": ("_project", FORWARD | {"SCATTER": True}, 0),
+    "backproject": ("_smear", BACK, 2),
+    "backproject parallel": ("_smear", BACK | {"FAN": False}, 2),
+    "backproject half fdk": ("_smear", BACK | {"sinogram": HALF, "SQUARED": True, "LANES": 8}, 2),
+    "backproject one": ("_smear", BACK | {"batch": 1, "views": 1, "bins": 1, "LANES": 1}, 0),
+    "backproject transposed": ("_smear", BACK | {"SCATTER": True}, 0),
+    "filter": ("_filter", PRODUCT, 0),
+    "filter half": ("_filter", PRODUCT | {"target": HALF, "LANES": 8}, 0),
+    "filter one": ("_filter", PRODUCT | {"rows": 1, "bins": 1, "views": 1, "LANES": 1}, 0),
+}
+TILES = ("STEPS", "BINS", "TILE", "CELLS", "ROWS", "COLUMNS", "DEPTH")
+POINTERS = {"rays": "*i64", "counts": "*i32", "lengths": FLOAT, "turned": "*i64", "pixels": "*i64", "matrix": FLOAT,
+            "view_weights": FLOAT, "scale": "fp32"}
+
+
+@pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION")
+@pytest.mark.parametrize("architecture", [80, 90])
+@pytest.mark.parametrize("case", COMPILED)
+def test_kernels_compile_without_spills(case, architecture):
+    from torch_radon import backend_cuda
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    name, given, wide_loads = COMPILED[case]
+    kernel = getattr(backend_cuda, name)
+    given = {n: getattr(backend_cuda, n) for n in TILES} | given
+    names = [n for n in kernel.arg_names if n in given]
+    constants = {n: given[n] for n in names if not isinstance(given[n], str)}
+    types = POINTERS | {n: given[n] for n in names if n not in constants}
+    signature = {n: "constexpr" if n in constants else types.get(n, "i32") for n in kernel.arg_names}
+    aligned = {(i,): [["tt.divisibility", 16]] for i, n in enumerate(kernel.arg_names) if signature[n].startswith("*")}
+    source = ASTSource(kernel, signature, {(kernel.arg_names.index(n),): v for n, v in constants.items()}, aligned)
+    code = triton.compile(source, target=GPUTarget("cuda", architecture, 32)).asm["sass"]
+    assert re.search(r"\bEXIT\b", code)
+    assert not re.search(r"\b(LDL|STL)\b", code), "registers spill to local memory"
+    assert len(re.findall(r"\bLDG\.E\.128\b", code)) >= wide_loads, "a texel's images are not read at once"
+
+
+def test_operators_compile_into_one_graph():
+    """Through torch.compile, with gradients of gradients' maps, and from one operator to the next."""
+    def function(x, radon):
+        p = radon.filter_sinogram(radon.forward(x), "hann")
+        return radon.backprojection(p).square().sum() + radon.transpose(p).sum() + radon.degrade(x).sum()
+
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+    x = torch.rand(2, 1, 24, 24, requires_grad=True)
+    for radon in (RadonFanbeam(24, TURN * np.arange(6) / 6, 100, 100, 70, 2.0), Radon(24, np.linspace(0, 3, 7), 35)):
+        (expected,), (found,) = (torch.autograd.grad(f(x, radon), x) for f in (function, compiled))
+        assert expected.norm() > 0 and relative(found, expected) <= 1e-6
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    print(json.dumps(measure(24, 12, "cpu")))
