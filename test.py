@@ -41,7 +41,7 @@ def parse(argv=None):
     parser.add_argument("--limit", type=int, help="evaluate this many slices, evenly spread over the folder")
     parser.add_argument("--device", default=default_device())
     parser.add_argument("--protocol", choices=("cvg", "cvg-official"), default="cvg",
-                        help="cvg-official: with the published code's extra full-view pass inside D")
+                        help="cvg-official: the published code's extra full-view pass in D, estimates not clipped")
     parser.add_argument("--strict", action="store_true", help="stop at the first bad slice instead of skipping it")
     args = parser.parse_args(argv)
     for n in args.views:
@@ -151,7 +151,8 @@ def main(argv=None):
     print(f"{len(names)} slices of {hu.shape[1]} x {hu.shape[2]}, checkpoint {args.checkpoint.name} "
           f"({header.get('preset', 'unnamed')}), {args.device}.")
 
-    degrade, denoise = Degradation(official=args.protocol == "cvg-official"), denoiser(network)
+    official = args.protocol == "cvg-official"
+    degrade, denoise = Degradation(official=official), denoiser(network, clip=not official)
     mu = hu_to_mu(torch.from_numpy(hu))[:, None]
     starts = range(0, len(names), args.batch)
     bar = tqdm(total=len(starts) * len(args.views) * len(args.methods), unit="batch", disable=None)

@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 from models.degradation import FULL_VIEWS, LEVELS, level_of
 from models.unet import UNet, UNetConfig
 from utils.files import atomic
+from utils.units import HU_RANGE, hu_to_mu
 
 
 def save_checkpoint(path: Path, state: dict[str, torch.Tensor], network: UNetConfig, about: dict) -> None:
@@ -54,12 +55,18 @@ def load_checkpoint(path: str | Path, device: str = "cpu") -> tuple[UNet, dict]:
     return network.eval().to(device), header
 
 
-def denoiser(network: UNet):
-    """denoise(x_t, views) for the samplers: R(x_t, t) with t the published level nearest to each slice's view count."""
+def denoiser(network: UNet, clip: bool = True):
+    """denoise(x_t, views) for the samplers: R(x_t, t) with t the published level nearest to each slice's view count.
+
+    clip: keep estimates within what HU can be, [-1024, 3071]. Outside every window's range but for metal, and it keeps
+    the errors of a long chain from growing without bound. The published procedure does not.
+    """
+    lowest, highest = (hu_to_mu(hu) for hu in HU_RANGE)
     device = next(network.parameters()).device
 
     @torch.no_grad()
     def denoise(x_t, views):
-        return network(x_t, torch.tensor([level_of(n) for n in views], dtype=torch.float32, device=device))
+        x0_hat = network(x_t, torch.tensor([level_of(n) for n in views], dtype=torch.float32, device=device))
+        return x0_hat.clamp(lowest, highest) if clip else x0_hat
 
     return denoise

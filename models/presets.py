@@ -71,5 +71,5 @@ PRESETS = {
         images=3400, batch=4, augment=True, per_sample_levels=True, epct_start=500, hops=5, jumps=0.5, restarts=True,
         rollout="own", optimizer="adamw", lr=1e-3, weight_decay=1e-4, schedule="cosine", warmup=100, precision="bf16",
         ema=0.999, ema_every=1, ema_start=100, ema_dropout=False,
-        publish="ema", val_sampler="spdps", val_slices=8, val_every=400, save_every=200),
+        publish="raw", val_sampler="spdps", val_slices=8, val_every=400, save_every=200),
 }
