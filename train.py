@@ -3,6 +3,7 @@
 
 import argparse
 import copy
+import hashlib
 import json
 import math
 import subprocess
@@ -15,7 +16,7 @@ import torch
 from tqdm import tqdm
 
 from datasets.slices import find_slices, fingerprint, read_slices, split_by_patient
-from models.checkpoint import denoiser, save_checkpoint
+from models.checkpoint import denoiser, load_checkpoint, save_checkpoint
 from models.degradation import LEVELS, Degradation, levels_for
 from models.epct import compose, conditioning, denser_level, loss, restart_the_lost, views_of
 from models.presets import PRESETS, Preset
@@ -40,6 +41,7 @@ def parse(argv=None):
                         help="share of the patients that validate, where DATA is one folder")
     parser.add_argument("--seed", type=int, default=3407)
     parser.add_argument("--device", default=default_device())
+    parser.add_argument("--init", type=Path, help="start from the weights of this checkpoint (fine-tuning)")
     parser.add_argument("--strict", action="store_true", help="stop at the first bad slice instead of skipping it")
     flags = parser.add_argument_group("fields of a preset (models/presets.py)")
     for field in fields(Preset):
@@ -183,6 +185,13 @@ def main(argv=None):
 
     torch.manual_seed(args.seed)
     network = UNet(preset.network()).to(device)
+    if args.init:
+        weights, _ = load_checkpoint(args.init, device)
+        if weights.config != network.config:
+            sys.exit(f"{args.init} holds another architecture than --preset {args.preset}; repeat the flags that made "
+                     "it.")
+        network.load_state_dict(weights.state_dict())
+        run["init"] = hashlib.sha256(args.init.read_bytes()).hexdigest()[:16]
     ema = copy.deepcopy(network).requires_grad_(False).train(preset.ema_dropout)
     kind = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[preset.optimizer]
     optimizer = kind(network.parameters(), lr=preset.lr, weight_decay=preset.weight_decay, fused=True)
@@ -199,7 +208,7 @@ def main(argv=None):
             sys.exit(f"{out} is not empty and holds no run of train.py; give --out a new or empty folder.")
     if state is not None:
         if state["run"] != run:
-            wrong = [k for k in run if state["run"][k] != run[k]]
+            wrong = sorted(k for k in {*run, *state["run"]} if state["run"].get(k) != run.get(k))
             sys.exit(f"{out} holds a run with another {' and '.join(wrong)}; give --out a new folder, or the same "
                      "options to resume.")
         network.load_state_dict(state["network"])
