@@ -77,6 +77,18 @@ def test_a_truncated_state_is_passed_over(data, tmp_path, call):
     assert all(torch.equal(value, finished[k]) for k, value in load_file(out / "checkpoint.safetensors").items())
 
 
+def test_fine_tuning_starts_from_a_checkpoint(data, tmp_path, call):
+    call(train.main, *FAST, "--data", data, "--out", tmp_path / "first", "--images", "8")
+    first = tmp_path / "first" / "checkpoint.safetensors"
+    tuned = ["--data", data, "--out", tmp_path / "tuned", "--images", "8", "--lr", "0", "--init", first]
+    call(train.main, *FAST, *tuned)
+    expected = load_file(first)
+    found = load_file(tmp_path / "tuned" / "checkpoint.safetensors")
+    assert all(torch.equal(value, expected[k]) for k, value in found.items())
+    assert "another architecture" in call(train.main, *FAST, *tuned, "--width", "64", expect=1)
+    assert "another init" in call(train.main, *FAST, *tuned[:-2], expect=1)
+
+
 def test_one_folder_is_split_by_patient(tmp_path, call):
     folder = write_slices(tmp_path / "slices", ("L067", "L096", "L109"), 3, 32)
     train_files, val_files = train.split_by_patient(sorted(folder.glob("*.npy")), 0.3)
