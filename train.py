@@ -17,10 +17,11 @@ from tqdm import tqdm
 
 from datasets.slices import find_slices, fingerprint, read_slices, split_by_patient
 from models.checkpoint import denoiser, load_checkpoint, save_checkpoint
-from models.degradation import LEVELS, Degradation, levels_for
-from models.epct import compose, conditioning, denser_level, loss, restart_the_lost, views_of
+from models.consistency import data_consistency
+from models.degradation import Degradation, levels_for
+from models.epct import compose, conditioning, denser_level, loss, measured_level, views_of
 from models.presets import PRESETS, Preset
-from models.samplers import SAMPLERS, one_step
+from models.samplers import SAMPLERS
 from models.unet import UNet
 from utils.device import bf16_pays, check_device, default_device
 from utils.files import atomic
@@ -29,7 +30,8 @@ from utils.scalars import Scalars
 from utils.units import WINDOWS, hu_to_mu, window
 
 CHOICES = {"optimizer": ("adam", "adamw"), "schedule": ("step", "cosine"), "precision": ("fp32", "bf16"),
-           "publish": ("raw", "ema"), "rollout": ("ema", "own"), "val_sampler": tuple(SAMPLERS)}
+           "publish": ("raw", "ema"), "update": ("shift", "naive"), "loss": ("mse", "rmse"),
+           "rollout": ("ema", "own"), "val_sampler": tuple(SAMPLERS)}
 
 
 def parse(argv=None):
@@ -139,23 +141,27 @@ def update_ema(ema: UNet, network: UNet, step: int, preset: Preset) -> None:
 
 
 def validate(network, truths, preset, device):
-    """Mean PSNR/SSIM of one-step and the preset's sampler at 18 views, W3000/L500, and an image row."""
+    """Mean PSNR/SSIM (W3000/L500) of one-step and the preset's sampler at 18, 36 and 72 views, 18-view MSE, images."""
     was_training = network.training
     network.eval()
-    degrade, levels = Degradation(), levels_for(18)
-    scores, mse, images = {}, 0.0, []
-    for i in range(0, len(truths), 4):
-        x0 = truths[i:i + 4].to(device)
-        x_T = degrade(x0, 18)
-        for name, sampler in {"one-step": one_step, preset.val_sampler: SAMPLERS[preset.val_sampler]}.items():
-            x0_hat, _ = sampler(denoiser(network), degrade, x_T, levels)
-            for metric, value in measure(x0_hat, x0, *WINDOWS[0]).items():
-                scores.setdefault(f"{name}/{metric}", []).extend(value.tolist())
-        mse += (x0_hat - x0).square().mean(dim=(1, 2, 3)).sum().item() / len(truths)
-        if i == 0:
-            images = [window(image[0], *WINDOWS[0]) for image in (x0, x_T, x0_hat)]
+    degrade = Degradation()
+    scores, mse, rows = {}, 0.0, []
+    for n in (18, 36, 72):
+        for i in range(0, len(truths), 4):
+            x0 = truths[i:i + 4].to(device)
+            views = [n] * len(x0)
+            x_T, y = degrade(x0, n), degrade.project(x0, views)
+            dc = data_consistency(degrade, y, views, preset.dc) if preset.dc else None
+            for name, consistent in {"one-step": None, preset.val_sampler: dc}.items():
+                x0_hat, _ = SAMPLERS[name](denoiser(network), degrade, x_T, levels_for(n), consistent)
+                for metric, value in measure(x0_hat, x0, *WINDOWS[0]).items():
+                    scores.setdefault(f"val{n}/{name}/{metric}", []).extend(value.tolist())
+            if n == 18:
+                mse += (x0_hat - x0).square().mean(dim=(1, 2, 3)).sum().item() / len(truths)
+            if i == 0:
+                rows.append(torch.cat([window(image[0], *WINDOWS[0]) for image in (x0, x_T, x0_hat)], dim=-1))
     network.train(was_training)
-    return {f"val18/{k}": float(np.mean(v)) for k, v in scores.items()} | {"val18/mse": mse}, torch.cat(images, dim=-1)
+    return {k: float(np.mean(v)) for k, v in scores.items()} | {"val18/mse": mse}, torch.cat(rows, dim=-2)
 
 
 def commit() -> str:
@@ -252,21 +258,23 @@ def main(argv=None):
                               for x, g in zip(x0, symmetry, strict=True)])
         if not preset.per_sample_levels:
             uniform = uniform[:1] * len(x0)  # one t and one t' a batch
-        T = t = [int(u[0] * len(LEVELS)) for u in uniform]
-        x_T = x_t = degrade(x0, views_of(T))
+        T = t = [measured_level(u[0], preset.focus) for u in uniform]
+        x_t = degrade(x0, views_of(T))
+        if preset.dc:
+            dc = data_consistency(degrade, degrade.project(x0, views_of(T)), views_of(T), preset.dc)
         losses, norms = [], []
         for hop in range(steps_of(preset, step)):
             if hop > 0:
                 if preset.rollout == "ema":
                     with torch.no_grad(), autocast:
                         x0_hat = ema(x_t, conditioning(t, x_t))
-                s = [denser_level(t_i, T_i, u[2 * hop - 1:2 * hop + 1], preset.jumps)
-                     for t_i, T_i, u in zip(t, T, uniform, strict=True)]
-                x_t, t = compose(degrade, x_T, T, x_t, t, x0_hat, s), s
-                if preset.restarts:
-                    x_t, t = restart_the_lost(x0, x_T, T, x_t, t)
+                if preset.dc:
+                    x0_hat = dc(x0_hat, range(len(x0)))
+                s = [denser_level(t_i, u[2 * hop - 1:2 * hop + 1], preset.jumps)
+                     for t_i, u in zip(t, uniform, strict=True)]
+                x_t, t = compose(degrade, x_t, t, x0_hat, s, preset.update), s
             with autocast:
-                slice_losses, x0_hat = loss(network, x_t, t, x0)
+                slice_losses, x0_hat = loss(network, x_t, t, x0, preset.loss)
             optimizer.zero_grad(set_to_none=True)
             slice_losses.mean().backward()
             norms.append(torch.nn.utils.clip_grad_norm_(network.parameters(), preset.clip))
@@ -285,7 +293,8 @@ def main(argv=None):
         if validation_due(preset, before, seen, images, count):
             scores, picture = validate(published, val_truths, preset, device)
             scalars.validation(seen, scores, picture)
-            tqdm.write(f"{seen} images: " + ", ".join(f"{k.removeprefix('val18/')} {v:.4g}" for k, v in scores.items()))
+            tqdm.write(f"{seen} images, PSNR: " + ", ".join(
+                f"{k.removesuffix('/psnr')} {v:.2f} dB" for k, v in scores.items() if k.endswith("/psnr")))
             if scores["val18/mse"] < best:
                 best = scores["val18/mse"]
                 publish("best.safetensors", validation=scores)

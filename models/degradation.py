@@ -80,6 +80,10 @@ class Degradation:
         views = [n_views] * len(x) if isinstance(n_views, int) else n_views
         return _per_group(lambda n, y: projector(y.shape[-1], equal_angles(n, self.start)).degrade(y), views, x)
 
+    def project(self, x: torch.Tensor, n_views: list[int]) -> list[torch.Tensor]:
+        """Measured sinograms y = P_n x, one (1, n, bins) a slice."""
+        return [projector(x.shape[-1], equal_angles(n, self.start)).forward(y) for n, y in zip(n_views, x, strict=True)]
+
     def shift(self, x_t: torch.Tensor, x0_hat: torch.Tensor, n_t: list[int], n_s: list[int]) -> torch.Tensor:
         """x_s = x_t - D(x0_hat, n_t) + D(x0_hat, n_s), in one projection, filter and backprojection of merged views."""
         if self.official:

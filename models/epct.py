@@ -4,6 +4,15 @@ import torch
 
 from models.degradation import LEVELS, Degradation
 
+FOCUS = tuple(LEVELS.index(n) for n in (18, 36, 72))  # the sparsity levels that the field reports
+
+
+def measured_level(u: float, focus: float) -> int:
+    """Level T of a measurement from a uniform draw u: one of FOCUS with probability `focus`, else any."""
+    if u < focus:
+        return FOCUS[int(u / focus * len(FOCUS))]
+    return int((u - focus) / (1 - focus) * len(LEVELS))
+
 
 def views_of(levels: list[int]) -> list[int]:
     """View counts n_t of published levels t."""
@@ -15,47 +24,33 @@ def conditioning(levels: list[int], like: torch.Tensor) -> torch.Tensor:
     return torch.tensor(levels, dtype=torch.float32, device=like.device)
 
 
-def loss(network, x: torch.Tensor, t: list[int], x0: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """MSE(R(x, t), x0) of each slice, (B,), and the estimate R(x, t) without its graph.
+def loss(network, x: torch.Tensor, t: list[int], x0: torch.Tensor, kind: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """Loss of R(x, t) against x0 for each slice, (B,), and the estimate without its graph.
 
-    In units of (config.scale mu)^2, which keeps gradients well above Adam's epsilon; 1 for the published network.
+    kind: "mse", the published one, or "rmse", its root: every slice weighs the same however good it already is. In
+    units of config.scale mu, which keeps gradients well above Adam's epsilon; 1 for the published network.
     """
     x0_hat = network(x, conditioning(t, x))
-    return ((x0_hat - x0) / network.config.scale).square().mean(dim=(1, 2, 3)), x0_hat.detach()
+    mse = ((x0_hat - x0) / network.config.scale).square().mean(dim=(1, 2, 3))
+    return mse if kind == "mse" else mse.sqrt(), x0_hat.detach()
 
 
-def denser_level(t: int, T: int, uniform, jumps: float) -> int:
-    """The level after t in a chain that began at T: t' ~ U{0..t-1} with probability `jumps`, else t - 1.
-
-    After level 0 a chain goes back to T - 1 (0 if T is 0), as SPDPS's reset does.
-    """
+def denser_level(t: int, uniform, jumps: float) -> int:
+    """The level after t: t' ~ U{0..t-1} with probability `jumps`, else t - 1. A chain at level 0 stays there."""
     if t == 0:
-        return max(T - 1, 0)
+        return 0
     return int(uniform[1] * t) if uniform[0] < jumps else t - 1
 
 
 @torch.no_grad()
-def compose(degrade: Degradation, x_T: torch.Tensor, T: list[int], x_t: torch.Tensor, t: list[int],
-            x0_hat: torch.Tensor, s: list[int]) -> torch.Tensor:
-    """The composed input x_s = x_t - D(x0_hat, n_t) + D(x0_hat, n_s), which carries the errors of x0_hat.
+def compose(degrade: Degradation, x_t: torch.Tensor, t: list[int], x0_hat: torch.Tensor, s: list[int],
+            update: str) -> torch.Tensor:
+    """The composed input at level s, which carries the errors of x0_hat.
 
-    A slice at t = 0 starts again from its measurement, x_T - D(x0_hat, n_T) + D(x0_hat, n_s), unless that is level 0
-    too: then its input is x0_hat itself.
+    update: "shift", the published x_t - D(x0_hat, n_t) + D(x0_hat, n_s), and x0_hat itself at t = 0; or "naive",
+    D(x0_hat, n_s).
     """
-    def where(levels):
-        return torch.tensor([level == 0 for level in levels], device=x_t.device).view(-1, 1, 1, 1)
-
-    again = [t_i or T_i for t_i, T_i in zip(t, T, strict=True)]
-    shifted = degrade.shift(torch.where(where(t), x_T, x_t), x0_hat, views_of(again), views_of(s))
-    return torch.where(where(again), x0_hat, shifted)
-
-
-def restart_the_lost(x0: torch.Tensor, x_T: torch.Tensor, T: list[int], x_t: torch.Tensor,
-                     t: list[int]) -> tuple[torch.Tensor, list[int]]:
-    """(x_t, t), but (x_T, T) for slices whose composed input lies further from x0 than the measurement's FBP does.
-
-    Chains lengthen by themselves as the network learns, and none runs away.
-    """
-    lost = ((x_t - x0).square().mean(dim=(1, 2, 3)) > (x_T - x0).square().mean(dim=(1, 2, 3))).tolist()
-    x_t = torch.where(torch.tensor(lost, device=x_t.device).view(-1, 1, 1, 1), x_T, x_t)
-    return x_t, [T_i if gone else t_i for gone, T_i, t_i in zip(lost, T, t, strict=True)]
+    if update == "naive":
+        return degrade(x0_hat, views_of(s))
+    at_0 = torch.tensor([level == 0 for level in t], device=x_t.device).view(-1, 1, 1, 1)
+    return torch.where(at_0, x0_hat, degrade.shift(x_t, x0_hat, views_of(t), views_of(s)))

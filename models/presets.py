@@ -25,7 +25,10 @@ class Preset:
     epct_start: int = 2000         # optimizer steps before composed inputs begin
     hops: int = 1                  # composed inputs after each restore input, an optimizer step each
     jumps: float = 1.0             # share of hops to t' ~ U{0..t-1}; the others go to t - 1
-    restarts: bool = False         # a slice whose composed input is worse than its measurement starts again from it
+    update: str = "shift"          # shift: x_t - D(x0_hat, n_t) + D(x0_hat, n_s) | naive: D(x0_hat, n_s)
+    dc: int = 0                    # iterations of data consistency on an estimate before it is composed
+    focus: float = 0.0             # share of measurements drawn at 18, 36 or 72 views; the others at any level
+    loss: str = "mse"              # mse | rmse, of each slice
     rollout: str = "ema"           # whose estimate a hop uses: ema | own (that of the training call: no extra call)
     # optimizer
     optimizer: str = "adam"        # adam | adamw
@@ -42,7 +45,7 @@ class Preset:
     ema_dropout: bool = True       # the EMA network runs with dropout in the compose input
     # validation and what is published
     publish: str = "raw"           # raw | ema: which weights validation measures and checkpoint.safetensors holds
-    val_sampler: str = "sequential"  # sampler of the 18-view validation
+    val_sampler: str = "sequential"  # sampler of the validation, with the preset's data consistency
     val_slices: int = 0            # slices, evenly spread over the validation set; 0: all
     val_every: int = 0             # images between validations; 0: after passes 0, 3, 6, ... and the last
     save_every: int = 4000         # images between checkpoints
@@ -50,9 +53,11 @@ class Preset:
     def check(self) -> None:
         """Raises ValueError with a sentence for values that cannot be."""
         for name, least in {"width": 32, "stem": 1, "images": 0, "epochs": 1, "batch": 1, "hops": 0, "save_every": 1,
-                            "ema_every": 1, "val_every": 0, "val_slices": 0, "warmup": 0, "lr": 0.0}.items():
+                            "ema_every": 1, "val_every": 0, "val_slices": 0, "warmup": 0, "dc": 0, "lr": 0.0}.items():
             if getattr(self, name) < least:
                 raise ValueError(f"{name} is {getattr(self, name)}; expected {least} or more")
+        if not 0 <= self.focus < 1:
+            raise ValueError(f"focus is {self.focus}; expected a share from 0 to below 1")
         if self.width % 32:
             raise ValueError(f"width is {self.width}; expected a multiple of 32, the groups of its normalisation")
 
@@ -68,8 +73,8 @@ PRESETS = {
     # 2.2 M parameters, 11.5 GFLOP a call: trains on a CPU.
     "tiny": replace(
         PAPER, width=32, dropout=0.0, stem=2, residual=True, shift=0.1, scale=0.1, zero_init=True,
-        images=3400, batch=4, augment=True, per_sample_levels=True, epct_start=500, hops=5, jumps=0.5, restarts=True,
-        rollout="own", optimizer="adamw", lr=1e-3, weight_decay=1e-4, schedule="cosine", warmup=100, precision="bf16",
-        ema=0.999, ema_every=1, ema_start=100, ema_dropout=False,
-        publish="raw", val_sampler="spdps", val_slices=8, val_every=400, save_every=200),
+        images=7600, batch=2, augment=True, per_sample_levels=True, focus=0.7, epct_start=500, hops=5, jumps=0.5,
+        update="naive", dc=8, loss="rmse", rollout="own", optimizer="adamw", lr=1e-3, weight_decay=1e-4,
+        schedule="cosine", warmup=100, precision="bf16", ema=0.999, ema_every=1, ema_start=100, ema_dropout=False,
+        publish="ema", val_sampler="naive", val_slices=8, val_every=1000, save_every=200),
 }

@@ -1,44 +1,57 @@
-"""Samplers: pure functions (denoise, degrade, x_T, levels, callback, options) -> (x0_hat, nfe).
+"""Samplers: pure functions (denoise, degrade, x_T, levels, dc, callback, options) -> (x0_hat, nfe).
 
 denoise(x_t, views): estimate of x0 from slices (B, 1, H, W) that each hold `views[i]` views' artefacts.
 degrade: a `Degradation`. x_T: FBP of the measurement, mu (B, 1, H, W). levels: view counts, densest first; the last
-is the measurement's. callback(slices, views, x0_hat), if given, sees every network call: the indices of the slices in
-it, their view counts and estimates. nfe: network calls of each slice, a list. A batch gives what its slices alone give.
+is the measurement's. dc(x0_hat, slices), if given, makes the estimates of these slices consistent with their
+measurements after every network call (models/consistency.py). callback(slices, views, x0_hat), if given, sees every
+network call: the indices of the slices in it, their view counts and estimates. nfe: network calls of each slice, a
+list. A batch gives what its slices alone give.
 """
+
+from functools import partial
 
 import torch
 
 from utils.metrics import headline_ssim
 
 
-def fbp(denoise, degrade, x_T, levels, callback=None):
+def fbp(denoise, degrade, x_T, levels, dc=None, callback=None):
     """The measurement's FBP as it is: the baseline without a network."""
     return x_T, [0] * len(x_T)
 
 
-def one_step(denoise, degrade, x_T, levels, callback=None):
-    """R(x_T, T)."""
-    views = [levels[-1]] * len(x_T)
-    x0_hat = denoise(x_T, views)
+def _estimate(denoise, x, views, slices, dc, callback):
+    """R(x, t), made consistent with the measurements where there is `dc`, and shown to `callback`."""
+    x0_hat = denoise(x, views)
+    if dc:
+        x0_hat = dc(x0_hat, slices)
     if callback:
-        callback(list(range(len(x_T))), views, x0_hat)
-    return x0_hat, [1] * len(x_T)
+        callback(slices, views, x0_hat)
+    return x0_hat
 
 
-def sequential(denoise, degrade, x_T, levels, callback=None):
-    """Every level from the measurement's to the densest, x_s = x_t - D(x0_hat, n_t) + D(x0_hat, n_s)."""
-    x = x_T
+def one_step(denoise, degrade, x_T, levels, dc=None, callback=None):
+    """R(x_T, T)."""
+    B = len(x_T)
+    return _estimate(denoise, x_T, [levels[-1]] * B, list(range(B)), dc, callback), [1] * B
+
+
+def sequential(denoise, degrade, x_T, levels, dc=None, callback=None, *, naive=False):
+    """Every level from the measurement's to the densest, x_s = x_t - D(x0_hat, n_t) + D(x0_hat, n_s).
+
+    naive: x_s = D(x0_hat, n_s) instead (cold diffusion), which forgets the errors of all estimates but the last.
+    """
+    x, B = x_T, len(x_T)
     for t in reversed(range(len(levels))):
-        views = [levels[t]] * len(x)
-        x0_hat = denoise(x, views)
-        if callback:
-            callback(list(range(len(x))), views, x0_hat)
+        n_t = [levels[t]] * B
+        x0_hat = _estimate(denoise, x, n_t, list(range(B)), dc, callback)
         if t > 0:
-            x = degrade.shift(x, x0_hat, views, [levels[t - 1]] * len(x))
-    return x0_hat, [len(levels)] * len(x_T)
+            n_s = [levels[t - 1]] * B
+            x = degrade(x0_hat, n_s) if naive else degrade.shift(x, x0_hat, n_t, n_s)
+    return x0_hat, [len(levels)] * B
 
 
-def spdps(denoise, degrade, x_T, levels, callback=None, *,
+def spdps(denoise, degrade, x_T, levels, dc=None, callback=None, *,
           semantic_budget=None,   # n: passes of the semantic phase; None: 2 below 72 views, 1 from there on
           refine_steps=4,         # m: network calls of the detail phase
           tau=0.97,               # SSIM between successive estimates at which anatomy counts as settled
@@ -57,9 +70,7 @@ def spdps(denoise, degrade, x_T, levels, callback=None, *,
     active = list(range(len(x)))
     while active:
         views = [levels[level[i]] for i in active]
-        x0_hat = denoise(x[active], views)
-        if callback:
-            callback(active, views, x0_hat)
+        x0_hat = _estimate(denoise, x[active], views, active, dc, callback)
         compared = [j for j, i in enumerate(active) if compare[i]]
         settled = dict.fromkeys(range(len(active)), False)
         if compared:
@@ -89,4 +100,5 @@ def spdps(denoise, degrade, x_T, levels, callback=None, *,
     return out, nfe
 
 
-SAMPLERS = {"fbp": fbp, "one-step": one_step, "sequential": sequential, "spdps": spdps}
+SAMPLERS = {"fbp": fbp, "one-step": one_step, "sequential": sequential, "naive": partial(sequential, naive=True),
+            "spdps": spdps}

@@ -44,7 +44,7 @@ class Scalars:
         self.at = seen
         self._write(scores)
         if self.board:
-            self.board.add_image("val18/truth_fbp_reconstruction", picture.cpu(), seen)
+            self.board.add_image("val/truth_fbp_reconstruction", picture.cpu(), seen)
 
     def _write(self, values: dict[str, float]) -> None:
         with open(self.lines, "a") as file:
