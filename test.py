@@ -17,7 +17,8 @@ import torch
 from tqdm import tqdm
 
 from datasets.slices import find_slices, fingerprint, read_slices
-from models.checkpoint import denoiser, load_checkpoint
+from models.checkpoint import denoiser, load_checkpoint, trained_dc
+from models.consistency import data_consistency
 from models.degradation import FULL_VIEWS, Degradation, levels_for
 from models.samplers import SAMPLERS
 from utils.device import check_device, default_device
@@ -37,6 +38,8 @@ def parse(argv=None):
     parser.add_argument("--checkpoint", type=Path, default=SHIPPED)
     parser.add_argument("--views", type=int, nargs="+", default=[18, 36, 72])
     parser.add_argument("--methods", nargs="+", choices=list(SAMPLERS), default=["fbp", "one-step", "spdps"])
+    parser.add_argument("--dc", type=int, help="iterations of data consistency after every network call; without it, "
+                        "as many as the checkpoint was trained with; 0 gives the published samplers")
     parser.add_argument("--batch", type=int, default=4, help="slices at once; results do not depend on it")
     parser.add_argument("--limit", type=int, help="evaluate this many slices, evenly spread over the folder")
     parser.add_argument("--device", default=default_device())
@@ -49,6 +52,8 @@ def parse(argv=None):
             parser.error(f"--views {n}: expected 1 to {FULL_VIEWS}, the views of the ground truth")
     if args.batch < 1 or (args.limit is not None and args.limit < 1):
         parser.error("--batch and --limit take numbers of at least 1")
+    if args.dc is not None and args.dc < 0:
+        parser.error(f"--dc {args.dc}: expected 0 or more iterations")
     try:
         check_device(args.device)
     except ValueError as error:
@@ -91,17 +96,18 @@ def synchronize(device: str) -> None:
 
 
 @torch.no_grad()
-def reconstruct(method: str, x_T, n_views: int, denoise, degrade):
-    """x0_hat and calls of each slice."""
-    return SAMPLERS[method](denoise, degrade, x_T, levels_for(n_views))
+def reconstruct(method: str, y, size: int, denoise, degrade, iterations: int):
+    """x0_hat (B, 1, size, size) and calls of each slice from measured sinograms of one view count."""
+    dc = data_consistency(degrade, y, iterations)
+    return SAMPLERS[method](denoise, degrade, degrade.fbp(y, size), levels_for(y[0].shape[-2]), dc=dc)
 
 
-def evaluate_batch(method, x0, names, n_views, denoise, degrade, device) -> list[list[dict]]:
+def evaluate_batch(method, x0, names, n_views, denoise, degrade, iterations, device) -> list[list[dict]]:
     """Rows (one a window) of each slice of a batch; the time is that of FBP and sampler, without loading."""
+    y = degrade.project(x0, [n_views] * len(x0))
     synchronize(device)
     start = time.perf_counter()
-    x_T = degrade(x0, n_views)
-    x0_hat, nfe = reconstruct(method, x_T, n_views, denoise, degrade)
+    x0_hat, nfe = reconstruct(method, y, x0.shape[-1], denoise, degrade, iterations)
     synchronize(device)
     seconds = (time.perf_counter() - start) / len(x0)
     scores = [measure(x0_hat, x0, *w) for w in WINDOWS]
@@ -144,12 +150,14 @@ def main(argv=None):
         files = [files[i] for i in spread]
     files, hu = read_slices(files, network.config.multiple, args.strict)
     names = [f.name for f in files]
+    iterations = trained_dc(header) if args.dc is None else args.dc
     run = {"checkpoint": hashlib.sha256(args.checkpoint.read_bytes()).hexdigest()[:16], "data": fingerprint(files, hu),
-           "methods": args.methods, "views": args.views, "batch": args.batch, "protocol": args.protocol,
-           "device": args.device}
+           "methods": args.methods, "views": args.views, "dc": iterations, "batch": args.batch,
+           "protocol": args.protocol, "device": args.device}
     done = open_results(args.out, run)
     print(f"{len(names)} slices of {hu.shape[1]} x {hu.shape[2]}, checkpoint {args.checkpoint.name} "
-          f"({header.get('preset', 'unnamed')}), {args.device}.")
+          f"({header.get('preset', 'unnamed')}), "
+          f"{iterations} iterations of data consistency a call, {args.device}.")
 
     official = args.protocol == "cvg-official"
     degrade, denoise = Degradation(official=official), denoiser(network, clip=not official)
@@ -168,7 +176,7 @@ def main(argv=None):
                     if (method, n, len(batch)) not in warm:
                         warm.add((method, n, len(batch)))
                         denoise(degrade(x0, n), [n] * len(x0))
-                    rows = evaluate_batch(method, x0, batch, n, denoise, degrade, args.device)
+                    rows = evaluate_batch(method, x0, batch, n, denoise, degrade, iterations, args.device)
                     done.update({(name, method, n): r for name, r in zip(batch, rows, strict=True)})
                     write_results(args.out, done)
                 bar.update()
@@ -184,8 +192,8 @@ def main(argv=None):
     for n in args.views:
         figure = args.out / f"comparison_{n}views.png"
         if not figure.is_file():
-            x_T = degrade(x0, n)
-            images = {m: reconstruct(m, x_T, n, denoise, degrade)[0] for m in args.methods}
+            y = degrade.project(x0, [n])
+            images = {m: reconstruct(m, y, x0.shape[-1], denoise, degrade, iterations)[0] for m in args.methods}
             comparison(figure, x0, images, f"{names[middle]}, {n} views")
     print(table(summary))
     print(f"Written: results.csv, summary.json and a figure a level in {args.out}.")

@@ -149,11 +149,10 @@ def validate(network, truths, preset, device):
     for n in (18, 36, 72):
         for i in range(0, len(truths), 4):
             x0 = truths[i:i + 4].to(device)
-            views = [n] * len(x0)
-            x_T, y = degrade(x0, n), degrade.project(x0, views)
-            dc = data_consistency(degrade, y, views, preset.dc) if preset.dc else None
+            y = degrade.project(x0, [n] * len(x0))
+            x_T, dc = degrade.fbp(y, x0.shape[-1]), data_consistency(degrade, y, preset.dc)
             for name, consistent in {"one-step": None, preset.val_sampler: dc}.items():
-                x0_hat, _ = SAMPLERS[name](denoiser(network), degrade, x_T, levels_for(n), consistent)
+                x0_hat, _ = SAMPLERS[name](denoiser(network), degrade, x_T, levels_for(n), dc=consistent)
                 for metric, value in measure(x0_hat, x0, *WINDOWS[0]).items():
                     scores.setdefault(f"val{n}/{name}/{metric}", []).extend(value.tolist())
             if n == 18:
@@ -261,7 +260,7 @@ def main(argv=None):
         T = t = [measured_level(u[0], preset.focus) for u in uniform]
         x_t = degrade(x0, views_of(T))
         if preset.dc:
-            dc = data_consistency(degrade, degrade.project(x0, views_of(T)), views_of(T), preset.dc)
+            dc = data_consistency(degrade, degrade.project(x0, views_of(T)), preset.dc)
         losses, norms = [], []
         for hop in range(steps_of(preset, step)):
             if hop > 0:

@@ -55,6 +55,11 @@ def load_checkpoint(path: str | Path, device: str = "cpu") -> tuple[UNet, dict]:
     return network.eval().to(device), header
 
 
+def trained_dc(header: dict) -> int:
+    """Iterations of data consistency that a checkpoint's chain was trained with; 0 for one that never saw any."""
+    return header.get("training", {}).get("preset", {}).get("dc", 0)
+
+
 def denoiser(network: UNet, clip: bool = True):
     """denoise(x_t, views) for the samplers: R(x_t, t) with t the published level nearest to each slice's view count.
 

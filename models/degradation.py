@@ -81,8 +81,15 @@ class Degradation:
         return _per_group(lambda n, y: projector(y.shape[-1], equal_angles(n, self.start)).degrade(y), views, x)
 
     def project(self, x: torch.Tensor, n_views: list[int]) -> list[torch.Tensor]:
-        """Measured sinograms y = P_n x, one (1, n, bins) a slice."""
+        """Sinograms y = P_n x as they would be measured, one (1, n, bins) a slice."""
+        if self.official:
+            x = self.full(x)
         return [projector(x.shape[-1], equal_angles(n, self.start)).forward(y) for n, y in zip(n_views, x, strict=True)]
+
+    def fbp(self, y: list[torch.Tensor], size: int) -> torch.Tensor:
+        """FBP of measured sinograms, (1, n, bins) each: (B, 1, size, size). D(x, n) = fbp(project(x, n))."""
+        operators = [projector(size, equal_angles(sinogram.shape[-2], self.start)) for sinogram in y]
+        return torch.stack([A.backprojection(A.filter_sinogram(p)) for A, p in zip(operators, y, strict=True)])
 
     def shift(self, x_t: torch.Tensor, x0_hat: torch.Tensor, n_t: list[int], n_s: list[int]) -> torch.Tensor:
         """x_s = x_t - D(x0_hat, n_t) + D(x0_hat, n_s), in one projection, filter and backprojection of merged views."""

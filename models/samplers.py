@@ -1,21 +1,21 @@
-"""Samplers: pure functions (denoise, degrade, x_T, levels, dc, callback, options) -> (x0_hat, nfe).
+"""Samplers: pure functions (denoise, degrade, x_T, levels, callback, dc, options) -> (x0_hat, nfe).
 
 denoise(x_t, views): estimate of x0 from slices (B, 1, H, W) that each hold `views[i]` views' artefacts.
 degrade: a `Degradation`. x_T: FBP of the measurement, mu (B, 1, H, W). levels: view counts, densest first; the last
 is the measurement's. dc(x0_hat, slices), if given, makes the estimates of these slices consistent with their
-measurements after every network call (models/consistency.py). callback(slices, views, x0_hat), if given, sees every
-network call: the indices of the slices in it, their view counts and estimates. nfe: network calls of each slice, a
-list. A batch gives what its slices alone give.
+measurements after every network call (models/consistency.py). The update from level t to s is the published one,
+x_s = x_t - D(x0_hat, n_t) + D(x0_hat, n_s); with dc it is x_s = D(x0_hat, n_s): a consistent estimate leaves nothing
+of the measurement to carry over, only the errors of estimates before it. callback(slices, views, x0_hat), if given,
+sees every network call: the indices of the slices in it, their view counts and estimates. nfe: network calls of each
+slice, a list. A batch gives what its slices alone give.
 """
-
-from functools import partial
 
 import torch
 
 from utils.metrics import headline_ssim
 
 
-def fbp(denoise, degrade, x_T, levels, dc=None, callback=None):
+def fbp(denoise, degrade, x_T, levels, callback=None, dc=None):
     """The measurement's FBP as it is: the baseline without a network."""
     return x_T, [0] * len(x_T)
 
@@ -30,28 +30,38 @@ def _estimate(denoise, x, views, slices, dc, callback):
     return x0_hat
 
 
-def one_step(denoise, degrade, x_T, levels, dc=None, callback=None):
+def _next(degrade, x_t, x0_hat, n_t, n_s, naive):
+    """x_s = x_t - D(x0_hat, n_t) + D(x0_hat, n_s), or, naive, D(x0_hat, n_s)."""
+    return degrade(x0_hat, n_s) if naive else degrade.shift(x_t, x0_hat, n_t, n_s)
+
+
+def one_step(denoise, degrade, x_T, levels, callback=None, dc=None):
     """R(x_T, T)."""
     B = len(x_T)
     return _estimate(denoise, x_T, [levels[-1]] * B, list(range(B)), dc, callback), [1] * B
 
 
-def sequential(denoise, degrade, x_T, levels, dc=None, callback=None, *, naive=False):
-    """Every level from the measurement's to the densest, x_s = x_t - D(x0_hat, n_t) + D(x0_hat, n_s).
+def sequential(denoise, degrade, x_T, levels, callback=None, dc=None):
+    """Every level from the measurement's to the densest."""
+    return _every_level(denoise, degrade, x_T, levels, callback, dc, naive=dc is not None)
 
-    naive: x_s = D(x0_hat, n_s) instead (cold diffusion), which forgets the errors of all estimates but the last.
-    """
+
+def naive(denoise, degrade, x_T, levels, callback=None, dc=None):
+    """Cold diffusion: every level, x_s = D(x0_hat, n_s). With `dc` the same as `sequential`."""
+    return _every_level(denoise, degrade, x_T, levels, callback, dc, naive=True)
+
+
+def _every_level(denoise, degrade, x_T, levels, callback, dc, naive):
     x, B = x_T, len(x_T)
     for t in reversed(range(len(levels))):
         n_t = [levels[t]] * B
         x0_hat = _estimate(denoise, x, n_t, list(range(B)), dc, callback)
         if t > 0:
-            n_s = [levels[t - 1]] * B
-            x = degrade(x0_hat, n_s) if naive else degrade.shift(x, x0_hat, n_t, n_s)
+            x = _next(degrade, x, x0_hat, n_t, [levels[t - 1]] * B, naive)
     return x0_hat, [len(levels)] * B
 
 
-def spdps(denoise, degrade, x_T, levels, dc=None, callback=None, *,
+def spdps(denoise, degrade, x_T, levels, callback=None, dc=None, *,
           semantic_budget=None,   # n: passes of the semantic phase; None: 2 below 72 views, 1 from there on
           refine_steps=4,         # m: network calls of the detail phase
           tau=0.97,               # SSIM between successive estimates at which anatomy counts as settled
@@ -95,10 +105,9 @@ def spdps(denoise, degrade, x_T, levels, dc=None, callback=None, *,
                 out[i] = x0_hat[j]
         active = [i for i, *_ in moves]
         if moves:
-            x[active] = degrade.shift(x[active], x0_hat[[j for _, j, _, _ in moves]],
-                                      [levels[t] for *_, t, _ in moves], [levels[s] for *_, s in moves])
+            _, estimates, n_t, n_s = zip(*((i, j, levels[t], levels[s]) for i, j, t, s in moves), strict=True)
+            x[active] = _next(degrade, x[active], x0_hat[list(estimates)], n_t, n_s, naive=dc is not None)
     return out, nfe
 
 
-SAMPLERS = {"fbp": fbp, "one-step": one_step, "sequential": sequential, "naive": partial(sequential, naive=True),
-            "spdps": spdps}
+SAMPLERS = {"fbp": fbp, "one-step": one_step, "sequential": sequential, "naive": naive, "spdps": spdps}

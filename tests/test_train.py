@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 import train
 from models.checkpoint import load_checkpoint
 from models.degradation import LEVELS, Degradation
-from models.epct import compose, denser_level
+from models.epct import compose, denser_level, loss, measured_level
 from models.presets import PRESETS
 from models.unet import UNet, UNetConfig
 
@@ -33,7 +33,7 @@ def test_train_writes_a_checkpoint_with_its_configuration(data, tmp_path):
     assert header["images"] == 48 and header["levels"] == list(LEVELS) and header["protocol"] == "cvg"
     assert header["training"]["seed"] == 3407 and header["preset"] == "tiny" and not network.training
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    assert {"val18/spdps/psnr", "val18/one-step/ssim"} <= {key for line in lines for key in line}
+    assert {"val18/naive/psnr", "val72/one-step/ssim", "val18/mse"} <= {key for line in lines for key in line}
     assert len(list(out.glob("state-*.pt"))) == 2
     assert list(out.glob("events.out.tfevents*"))
 
@@ -142,10 +142,17 @@ def test_paper_schedule():
 
 def test_composed_levels_are_the_published_draw():
     uniform = np.random.default_rng(0).random((8000, 2))
-    draws = np.bincount([denser_level(5, 7, u, jumps=1.0) for u in uniform])
+    draws = np.bincount([denser_level(5, u, jumps=1.0) for u in uniform])
     assert len(draws) == 5 and np.abs(draws - 1600).max() < 150
-    assert {denser_level(5, 7, u, jumps=0.0) for u in uniform[:50]} == {4}
-    assert denser_level(0, 7, uniform[0], 0.5) == 6 and denser_level(0, 0, uniform[0], 0.5) == 0
+    assert {denser_level(5, u, jumps=0.0) for u in uniform[:50]} == {4}
+    assert denser_level(0, uniform[0], jumps=0.5) == 0
+
+
+def test_measured_levels():
+    uniform = (np.arange(8000) + 0.5) / 8000
+    assert (np.bincount([measured_level(u, 0.0) for u in uniform]) == 1000).all(), "the published draw"
+    draws = np.bincount([measured_level(u, 0.6) for u in uniform])
+    assert np.abs(draws - [400, 400, 400, 400, 2000, 400, 2000, 2000]).max() <= 1
 
 
 @pytest.mark.parametrize(("step", "expected"), [(10, 1.0), (11, 0.0), (1990, 1.0), (2000, 0.005), (2005, 0.0)])
@@ -159,12 +166,19 @@ def test_ema_copies_then_averages(step, expected):
 
 def test_composed_inputs():
     torch.manual_seed(0)
-    x_T, x_t, x0_hat = torch.rand(3, 3, 1, 32, 32)
+    x_t, x0_hat = torch.rand(2, 2, 1, 32, 32)
     degrade = Degradation()
-    found = compose(degrade, x_T, [7, 6, 0], x_t, [7, 0, 0], x0_hat, [5, 5, 0])
-    hop = x_t[:1] - degrade(x0_hat[:1], 18) + degrade(x0_hat[:1], 54)
-    reset = x_T[1:2] - degrade(x0_hat[1:2], 36) + degrade(x0_hat[1:2], 54)
-    torch.testing.assert_close(found, torch.cat([hop, reset, x0_hat[2:]]), rtol=1e-4, atol=1e-5)
+    published = torch.cat([x_t[:1] - degrade(x0_hat[:1], 18) + degrade(x0_hat[:1], 54), x0_hat[1:]])
+    torch.testing.assert_close(compose(degrade, x_t, [7, 0], x0_hat, [5, 0], "shift"), published, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(compose(degrade, x_t, [7, 0], x0_hat, [5, 0], "naive"), degrade(x0_hat, [54, 288]))
+
+
+def test_losses():
+    network = UNet(UNetConfig(width=32, scale=0.1)).eval()
+    x0, x = torch.rand(2, 2, 1, 16, 16)
+    mse, x0_hat = loss(network, x, [7, 0], x0, "mse")
+    torch.testing.assert_close(mse, (x0_hat - x0).square().mean((1, 2, 3)) / 0.1**2)
+    torch.testing.assert_close(loss(network, x, [7, 0], x0, "rmse")[0], mse.sqrt())
 
 
 def test_paper_steps_twice_a_batch_with_the_ema_as_it_stands(data, tmp_path, monkeypatch):
@@ -193,5 +207,5 @@ def test_paper_steps_twice_a_batch_with_the_ema_as_it_stands(data, tmp_path, mon
         assert len(set(restore[2])) == len(set(composed[2])) == 1
         assert torch.equal(estimate[1], restore[1])
         T, s = int(restore[2][0]), int(composed[2][0])
-        expected = compose(Degradation(), restore[1], [T] * 4, restore[1], [T] * 4, estimate[3], [s] * 4)
+        expected = compose(Degradation(), restore[1], [T] * 4, estimate[3], [s] * 4, "shift")
         torch.testing.assert_close(composed[1], expected)
