@@ -49,8 +49,16 @@ def _shift_views(n_t: int, n_s: int, start: float) -> tuple[tuple[float, ...], t
     return tuple(angles), tuple(weights[turn] for turn in turns)
 
 
+@lru_cache(maxsize=256)
+def _shift_weights(n_t: int, n_s: int, start: float, device: torch.device) -> torch.Tensor:
+    """The weights of `_shift_views` where they are used: CUDA graphs take no copy from the host."""
+    return torch.tensor(_shift_views(n_t, n_s, start)[1], device=device)
+
+
 def _per_group(function, keys, *tensors):
     """Apply function(key, *slices) to the slices of each key and put the results in the batch's order."""
+    if len(set(keys)) == 1:
+        return function(keys[0], *tensors)
     out = torch.empty_like(tensors[0])
     for key in dict.fromkeys(keys):
         index = [i for i, k in enumerate(keys) if k == key]
@@ -99,7 +107,7 @@ class Degradation:
         def step(key, x, estimate):
             if key[0] == key[1]:
                 return x
-            angles, weights = _shift_views(*key, self.start)
-            return x + projector(x.shape[-1], angles).degrade(estimate, weights)
+            angles, _ = _shift_views(*key, self.start)
+            return x + projector(x.shape[-1], angles).degrade(estimate, _shift_weights(*key, self.start, x.device))
 
         return _per_group(step, list(zip(n_t, n_s, strict=True)), x_t, x0_hat)

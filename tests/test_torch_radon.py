@@ -336,6 +336,7 @@ def test_bad_scans_get_a_sentence(build, sentence):
     (lambda r: r.filter_sinogram(torch.zeros(4, 32), "sharp"), ValueError, "filter_name is 'sharp'; expected one of"),
     (lambda r: r.degrade(torch.zeros(32, 32), filter_name="sharp"), ValueError, "filter_name is 'sharp'"),
     (lambda r: r.degrade(torch.zeros(32, 32), [1.0, 2.0]), ValueError, r"view_weights has shape \(2,\)"),
+    (lambda r: r.degrade(torch.zeros(32, 32), torch.ones(8, device="meta")), ValueError, "one device"),
 ])
 def test_bad_tensors_get_a_sentence(call, error, sentence):
     with pytest.raises(error, match=sentence):

@@ -5,7 +5,9 @@ with one zero bin at either end, lane = one of the batch's images seen through o
 """
 
 import logging
+import math
 import os
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
@@ -16,7 +18,7 @@ from numba import njit
 from numba.core import event
 
 from . import simd
-from .filtering import detector_weight, filter_matrix
+from .filtering import detector_weight, impulse_response
 from .geometry import PAD, Geometry, ray_samples, used_bins
 from .simd import LANES
 from .symmetry import choose, pixel_map
@@ -29,36 +31,35 @@ jit = njit(nogil=True, cache=True, error_model="numpy")
 @jit
 def _pack_image(image, maps, packed, start, stop):
     blocks, height, width, lanes = packed.shape
-    source, step = np.empty(lanes, np.int64), np.empty(lanes, np.int64)
+    columns = width - 2 * PAD
     for i in range(start, stop):
-        block, r = i // (height - 2 * PAD), i % (height - 2 * PAD)
+        block, r = i // height, i % height - PAD
+        packed[block, r + PAD, :PAD] = packed[block, r + PAD, width - PAD:] = 0
+        if r < 0 or r >= height - 2 * PAD:
+            packed[block, r + PAD] = 0
+            continue
         for lane in range(lanes):
             offset, row, column = maps[block, lane]
-            source[lane], step[lane] = offset + r * row, column
-        for q in range(width - 2 * PAD):
-            for lane in range(lanes):
-                packed[block, r + PAD, q + PAD, lane] = image[source[lane] + q * step[lane]]
+            source = offset + r * row
+            for q in range(columns):
+                packed[block, r + PAD, q + PAD, lane] = image[source + q * column] if offset >= 0 else np.float32(0)
 
 
 @jit
-def _unpack_image(packed, maps, image, start, stop):
+def _sum_planes(planes, maps, image, start, stop):
+    """Images from their symmetric copies in the planes."""
     batch, height, width = image.shape
-    elements = maps.shape[1]
-    source, step = np.empty(elements, np.int64), np.empty(elements, np.int64)
     for i in range(start, stop):
         b, r = i // height, i % height
-        for j in range(elements):
+        for j in range(maps.shape[1]):
             offset, row, column = maps[b, j]
-            source[j], step[j] = offset + (r + PAD) * row + PAD * column, column
-        for q in range(width):
-            total = np.float32(0)
-            for j in range(elements):
-                total += packed[source[j] + q * step[j]]
-            image[b, r, q] = total
+            source = offset + r * row
+            for q in range(width):
+                image[b, r, q] = planes[source + q * column] + (image[b, r, q] if j > 0 else np.float32(0))
 
 
 @jit
-def _pack_sinogram(sinogram, maps, packed, start, stop):
+def _pack_sinogram(sinogram, maps, packed, first, start, stop):
     blocks, views, bins, lanes = packed.shape
     for i in range(start, stop):
         block, v = i // views, i % views
@@ -66,11 +67,11 @@ def _pack_sinogram(sinogram, maps, packed, start, stop):
             b, view, reverse = maps[block, v, lane]
             if view >= 0:
                 for k in range(bins - 2):
-                    packed[block, v, k + 1, lane] = sinogram[b, view, bins - 3 - k if reverse else k]
+                    packed[block, v, k + 1, lane] = sinogram[b, view, first + (bins - 3 - k if reverse else k)]
 
 
 @jit
-def _unpack_sinogram(packed, maps, sinogram, start, stop):
+def _unpack_sinogram(packed, maps, sinogram, first, start, stop):
     blocks, views, bins, lanes = packed.shape
     for i in range(start, stop):
         block, v = i // views, i % views
@@ -78,7 +79,7 @@ def _unpack_sinogram(packed, maps, sinogram, start, stop):
             b, view, reverse = maps[block, v, lane]
             if view >= 0:
                 for k in range(bins - 2):
-                    sinogram[b, view, bins - 3 - k if reverse else k] = packed[block, v, k + 1, lane]
+                    sinogram[b, view, first + (bins - 3 - k if reverse else k)] = packed[block, v, k + 1, lane]
 
 
 @jit
@@ -97,46 +98,124 @@ def _samples(x, y, dx, dy, start, stop, width, at, weights):
 
 
 @jit
+def _project_view(image, base, width, x, y, dx, dy, count, h, at, w, row, to):
+    """One view into row[to + k * LANES]."""
+    for k in range(len(x)):
+        total = simd.zero()
+        for first in range(0, count[k], CHUNK):  # partial sums: less rounding than one long one
+            last = min(first + CHUNK, count[k])
+            _samples(x[k], y[k], dx[k], dy[k], first, last, width, at, w)
+            part = simd.zero()
+            for j in range(last - first):
+                upper = base + at[j]
+                lower = upper + width * LANES
+                value = simd.mul(simd.load(image, upper), w[0, j])
+                value = simd.mul_add(simd.load(image, upper + LANES), w[1, j], value)
+                value = simd.mul_add(simd.load(image, lower), w[2, j], value)
+                value = simd.mul_add(simd.load(image, lower + LANES), w[3, j], value)
+                part = simd.add(part, value)
+            total = simd.add(total, part)
+        simd.store(row, to + k * LANES, simd.mul(total, h[k]))
+
+
+@jit
 def _forward(image, shape, x, y, dx, dy, count, h, sinogram, start, stop):
     height, width = shape
     views, bins = x.shape
     at, w = np.empty(CHUNK, np.int32), np.empty((4, CHUNK), np.float32)
     for i in range(start, stop):
         v, base = i % views, i // views * height * width * LANES
+        _project_view(image, base, width, x[v], y[v], dx[v], dy[v], count[v], h[v], at, w, sinogram,
+                      (i * (bins + 2) + 1) * LANES)
+
+
+@jit
+def _forward_filtered(image, shape, x, y, dx, dy, count, h, maps, view_weights, bin_weights, centre, distance, tap,
+                      sinogram, start, stop):
+    """Projection, weights and filter, view by view: the projection of a view never leaves the cache.
+
+    The filter's taps are `centre` and `tap[i]` at +-distance[i] bins; four bins are summed at once.
+    """
+    height, width = shape
+    views, bins = x.shape
+    at, w = np.empty(CHUNK, np.int32), np.empty((4, CHUNK), np.float32)
+    row, lane_weights = np.zeros((3 * bins + 4) * LANES, np.float32), np.empty(LANES, np.float32)
+    for i in range(start, stop):
+        block, v = i // views, i % views
+        _project_view(image, block * height * width * LANES, width, x[v], y[v], dx[v], dy[v], count[v], h[v], at, w,
+                      row, bins * LANES)
+        for lane in range(LANES):
+            view = maps[block, v, lane, 1]
+            lane_weights[lane] = view_weights[view] if view >= 0 else 0
         for k in range(bins):
-            total = simd.zero()
-            for first in range(0, count[v, k], CHUNK):  # partial sums: less rounding than one long one
-                last = min(first + CHUNK, count[v, k])
-                _samples(x[v, k], y[v, k], dx[v, k], dy[v, k], first, last, width, at, w)
-                part = simd.zero()
-                for j in range(last - first):
-                    upper = base + at[j]
-                    lower = upper + width * LANES
-                    value = simd.mul(simd.load(image, upper), w[0, j])
-                    value = simd.mul_add(simd.load(image, upper + LANES), w[1, j], value)
-                    value = simd.mul_add(simd.load(image, lower), w[2, j], value)
-                    value = simd.mul_add(simd.load(image, lower + LANES), w[3, j], value)
-                    part = simd.add(part, value)
-                total = simd.add(total, part)
-            simd.store(sinogram, (i * (bins + 2) + k + 1) * LANES, simd.mul(total, h[v, k]))
+            for lane in range(LANES):
+                row[(bins + k) * LANES + lane] *= lane_weights[lane] * bin_weights[k]
+        to = (i * (bins + 2) + 1) * LANES
+        simd.store(sinogram, to - LANES, simd.zero())
+        simd.store(sinogram, to + bins * LANES, simd.zero())
+        for k in range(0, bins, 4):
+            at_0 = (bins + k) * LANES
+            a = simd.mul(simd.load(row, at_0), centre)
+            b = simd.mul(simd.load(row, at_0 + LANES), centre)
+            c = simd.mul(simd.load(row, at_0 + 2 * LANES), centre)
+            d = simd.mul(simd.load(row, at_0 + 3 * LANES), centre)
+            for j in range(len(tap)):
+                if distance[j] > max(k + 3, bins - 1 - k):
+                    break
+                left, right = at_0 - distance[j] * LANES, at_0 + distance[j] * LANES
+                a = simd.mul_add(simd.add(simd.load(row, left), simd.load(row, right)), tap[j], a)
+                left, right = left + LANES, right + LANES
+                b = simd.mul_add(simd.add(simd.load(row, left), simd.load(row, right)), tap[j], b)
+                left, right = left + LANES, right + LANES
+                c = simd.mul_add(simd.add(simd.load(row, left), simd.load(row, right)), tap[j], c)
+                left, right = left + LANES, right + LANES
+                d = simd.mul_add(simd.add(simd.load(row, left), simd.load(row, right)), tap[j], d)
+            simd.store(sinogram, to + k * LANES, a)
+            if k + 1 < bins:
+                simd.store(sinogram, to + (k + 1) * LANES, b)
+            if k + 2 < bins:
+                simd.store(sinogram, to + (k + 2) * LANES, c)
+            if k + 3 < bins:
+                simd.store(sinogram, to + (k + 3) * LANES, d)
 
 
 @jit
 def _forward_transpose(sinogram, shape, x, y, dx, dy, count, h, image, block, workers, start, stop):
+    """Rays of different views write to the same pixels: worker i adds every workers-th view to image i of its own."""
     height, width = shape
     views, bins = x.shape
     at, w = np.empty(CHUNK, np.int32), np.empty((4, CHUNK), np.float32)
-    for i in range(start * views, stop * views):
-        v, base = i % views, i // views * height * width * LANES
-        for k in range(bins if v % workers == i // views else 0):
-            value = simd.mul(simd.load(sinogram, ((block * views + v) * (bins + 2) + k + 1) * LANES), h[v, k])
-            for first in range(0, count[v, k], CHUNK):
-                last = min(first + CHUNK, count[v, k])
-                _samples(x[v, k], y[v, k], dx[v, k], dy[v, k], first, last, width, at, w)
-                for j in range(last - first):
-                    for corner in range(4):
-                        to = base + at[j] + (corner % 2 + corner // 2 * width) * LANES
-                        simd.store(image, to, simd.mul_add(value, w[corner, j], simd.load(image, to)))
+    for worker in range(start, stop):
+        base = worker * height * width * LANES
+        image[base:base + height * width * LANES] = 0
+        for v in range(worker, views, workers):
+            for k in range(bins):
+                value = simd.mul(simd.load(sinogram, ((block * views + v) * (bins + 2) + k + 1) * LANES), h[v, k])
+                for first in range(0, count[v, k], CHUNK):
+                    last = min(first + CHUNK, count[v, k])
+                    _samples(x[v, k], y[v, k], dx[v, k], dy[v, k], first, last, width, at, w)
+                    for j in range(last - first):
+                        for corner in range(4):
+                            to = base + at[j] + (corner % 2 + corner // 2 * width) * LANES
+                            simd.store(image, to, simd.mul_add(value, w[corner, j], simd.load(image, to)))
+
+
+@jit
+def _sum_workers(image, workers, block, planes, start, stop):
+    """Sum the workers' images, without their padding, into the planes of a block."""
+    lanes, rows, columns = planes.shape
+    width = columns + 2 * PAD
+    size = (rows + 2 * PAD) * width * LANES
+    for r in range(start, stop):
+        for q in range(columns):
+            at = ((r + PAD) * width + q + PAD) * LANES
+            total = simd.load(image, at)
+            for worker in range(1, workers):
+                total = simd.add(total, simd.load(image, at + worker * size))
+            simd.store(image, at, total)
+        for lane in range(LANES):
+            for q in range(columns):
+                planes[block * LANES + lane, r, q] = image[((r + PAD) * width + q + PAD) * LANES + lane]
 
 
 @jit
@@ -162,20 +241,23 @@ def _row(v, r, rows, columns, bins, views, scan, at, weights):
 
 
 @jit
-def _backproject(sinogram, shape, bins, views, scan, image, start, stop):
-    height, width = shape
-    rows, columns = height - 2 * PAD, width - 2 * PAD
+def _backproject(sinogram, bins, views, scan, planes, start, stop):
+    lanes, rows, columns = planes.shape
     at, w = np.empty(columns, np.int32), np.empty((2, columns), np.float32)
+    row = np.empty(columns * LANES, np.float32)
     for i in range(start, stop):
         block, r = i // rows, i % rows
-        row = ((block * height + r + PAD) * width + PAD) * LANES
+        row[:] = 0
         for v in range(len(views)):
             _row(v, r, rows, columns, bins, views, scan, at, w)
             base = (block * len(views) + v) * bins * LANES
             for q in range(columns):
-                value = simd.mul_add(simd.load(sinogram, base + at[q]), w[0, q], simd.load(image, row + q * LANES))
+                value = simd.mul_add(simd.load(sinogram, base + at[q]), w[0, q], simd.load(row, q * LANES))
                 value = simd.mul_add(simd.load(sinogram, base + at[q] + LANES), w[1, q], value)
-                simd.store(image, row + q * LANES, value)
+                simd.store(row, q * LANES, value)
+        for lane in range(LANES):
+            for q in range(columns):
+                planes[block * LANES + lane, r, q] = row[q * LANES + lane]
 
 
 @jit
@@ -250,16 +332,33 @@ class _Plan:
     rays: dict
     trigonometry: np.ndarray  # (views, 2) cos, sin
     scan: tuple
-    image_in: np.ndarray      # (blocks, LANES, 3): flat offset in the batch, row and column step (image 0 if unused)
-    image_out: np.ndarray     # (batch, elements, 3): the same into the packed images, of the inverse element
+    image_in: np.ndarray      # (blocks, LANES, 3): flat offset in the batch (-1: unused), row and column step
+    image_out: np.ndarray     # (batch, elements, 3): the same into the planes, of the inverse element
+    bin_weights: np.ndarray   # of the used bins, before the filter
     sinogram: np.ndarray      # (blocks, views, LANES, 3): batch index, view or -1, reversed
     shape: tuple              # padded (height, width)
 
-    def images(self, count):
-        return np.zeros((count, *self.shape, LANES), np.float32)
+    @property
+    def row(self) -> int:
+        """Bins of a packed row, its two zeros included."""
+        return self.stop - self.first + 2
 
-    def sinograms(self):
-        return np.zeros((self.blocks, self.views, self.stop - self.first + 2, LANES), np.float32)
+
+_local = threading.local()
+KEPT = 1 << 22  # values
+
+
+def _scratch(name: str, *shape: int) -> np.ndarray:
+    """Uninitialised float32 memory that lives until the next call with this name in this thread: fresh pages cost as
+    much time as a small projection. Above 16 MiB it is allocated anew, so that no large memory is held.
+    """
+    size = math.prod(shape)
+    if size > KEPT:
+        return np.empty(shape, np.float32)
+    kept = _local.__dict__.get(name)
+    if kept is None or kept.size < size:
+        kept = _local.__dict__[name] = np.empty(size, np.float32)
+    return kept[:size].reshape(shape)
 
 
 @lru_cache(maxsize=64)
@@ -273,7 +372,7 @@ def _plan(geometry: Geometry, batch: int) -> _Plan:
     blocks = -(-elements * batch // LANES)
     height, width = geometry.height, geometry.width
     padded = height + 2 * PAD, width + 2 * PAD
-    image_in = np.zeros((blocks * LANES, 3), np.int64)
+    image_in = np.full((blocks * LANES, 3), -1, np.int64)
     image_out = np.zeros((batch, elements, 3), np.int64)
     sinogram = np.full((blocks * LANES, views, 3), -1, np.int64)
     for j, element in enumerate(reduction.group):
@@ -283,8 +382,8 @@ def _plan(geometry: Geometry, batch: int) -> _Plan:
             lane = j * batch + b
             image_in[lane] = pixel_map(element, height, width)
             image_in[lane, 0] += b * height * width
-            image_out[b, j] = np.array(pixel_map(inverse, *padded)) * LANES
-            image_out[b, j, 0] += lane // LANES * padded[0] * padded[1] * LANES + lane % LANES
+            image_out[b, j] = pixel_map(inverse, height, width)
+            image_out[b, j, 0] += lane * height * width
             sinogram[lane] = np.stack([np.full(views, b), reduction.views[:, j], np.full(views, s < 0)], axis=1)
     rays = ray_samples(geometry, reduction.angles, geometry.bins[first:stop])
     rays["x"], rays["y"] = rays["x"] + PAD, rays["y"] + PAD
@@ -294,98 +393,90 @@ def _plan(geometry: Geometry, batch: int) -> _Plan:
             geometry.weights == "fdk")
     return _Plan(blocks, views, first, stop, rays, np.stack([np.cos(reduction.angles), np.sin(reduction.angles)], 1),
                  scan, image_in.reshape(blocks, LANES, 3), image_out,
+                 detector_weight(geometry)[first:stop].astype(np.float32),
                  np.ascontiguousarray(sinogram.reshape(blocks, LANES, views, 3).transpose(0, 2, 1, 3)),
                  padded)
 
 
 def _pack_images(plan, image):
-    packed = plan.images(plan.blocks)
-    rows = image.shape[1]
-    _run(_pack_image, plan.blocks * rows, image.reshape(-1), plan.image_in, packed)
-    return packed
+    packed = _scratch("packed", plan.blocks, *plan.shape, LANES)
+    _run(_pack_image, plan.blocks * plan.shape[0], image.reshape(-1), plan.image_in, packed)
+    return packed.reshape(-1)
 
 
-def _unpack_images(plan, packed, geometry, batch):
-    image = np.empty((batch, geometry.height, geometry.width), np.float32)
-    _run(_unpack_image, batch * geometry.height, packed.reshape(-1), plan.image_out, image)
-    return image
+def _planes(plan, geometry):
+    return _scratch("planes", plan.blocks * LANES, geometry.height, geometry.width)
+
+
+def _unpack_planes(plan, planes, batch):
+    image = np.empty((batch, *planes.shape[1:]), np.float32)
+    _run(_sum_planes, batch * image.shape[1], planes.reshape(-1), plan.image_out, image)
+    return torch.from_numpy(image)
 
 
 def _pack_sinograms(plan, sinogram):
-    packed = plan.sinograms()
-    _run(_pack_sinogram, plan.blocks * plan.views, np.ascontiguousarray(sinogram[:, :, plan.first:plan.stop]),
-         plan.sinogram, packed)
-    return packed
+    packed = np.zeros((plan.blocks, plan.views, plan.row, LANES), np.float32)
+    _run(_pack_sinogram, plan.blocks * plan.views, sinogram, plan.sinogram, packed, plan.first)
+    return packed.reshape(-1)
 
 
 def _unpack_sinograms(plan, packed, geometry, batch):
-    used = np.zeros((batch, len(geometry.angles), plan.stop - plan.first), np.float32)
-    _run(_unpack_sinogram, plan.blocks * plan.views, packed, plan.sinogram, used)
     sinogram = np.zeros((batch, len(geometry.angles), geometry.det_count), np.float32)
-    sinogram[:, :, plan.first:plan.stop] = used
-    return sinogram
+    _run(_unpack_sinogram, plan.blocks * plan.views, packed.reshape(plan.blocks, plan.views, plan.row, LANES),
+         plan.sinogram, sinogram, plan.first)
+    return torch.from_numpy(sinogram)
 
 
-def _project(plan, packed):
-    sinogram, rays = plan.sinograms(), plan.rays
-    _run(_forward, plan.blocks * plan.views, packed.reshape(-1), plan.shape, rays["x"], rays["y"], rays["dx"],
-         rays["dy"], rays["count"], rays["h"], sinogram.reshape(-1))
-    return sinogram
+def _rays(plan):
+    return plan.shape, *(plan.rays[name] for name in ("x", "y", "dx", "dy", "count", "h"))
 
 
-def _smear(plan, packed):
-    image = plan.images(plan.blocks)
-    _run(_backproject, plan.blocks * (plan.shape[0] - 2 * PAD), packed.reshape(-1), plan.shape, packed.shape[2],
-         plan.trigonometry, plan.scan, image.reshape(-1))
-    return image
+def _smear(plan, packed, geometry, batch):
+    planes = _planes(plan, geometry)
+    _run(_backproject, plan.blocks * geometry.height, packed, plan.row, plan.trigonometry, plan.scan, planes)
+    return _unpack_planes(plan, planes, batch)
 
 
 def forward(geometry: Geometry, image: torch.Tensor) -> torch.Tensor:
     """(B, H, W) float32 -> (B, views, bins)."""
-    image = image.numpy()
     plan = _plan(geometry, len(image))
-    return torch.from_numpy(_unpack_sinograms(plan, _project(plan, _pack_images(plan, image)), geometry, len(image)))
+    sinogram = _scratch("sinogram", plan.blocks * plan.views * plan.row * LANES)
+    _run(_forward, plan.blocks * plan.views, _pack_images(plan, image.numpy()), *_rays(plan), sinogram)
+    return _unpack_sinograms(plan, sinogram, geometry, len(image))
 
 
 def backproject(geometry: Geometry, sinogram: torch.Tensor) -> torch.Tensor:
     """(B, views, bins) float32 -> (B, H, W)."""
-    sinogram = sinogram.numpy()
     plan = _plan(geometry, len(sinogram))
-    packed = _smear(plan, _pack_sinograms(plan, sinogram))
-    return torch.from_numpy(_unpack_images(plan, packed, geometry, len(sinogram)))
+    return _smear(plan, _pack_sinograms(plan, sinogram.numpy()), geometry, len(sinogram))
 
 
 def forward_transpose(geometry: Geometry, sinogram: torch.Tensor) -> torch.Tensor:
     """(B, views, bins) float32 -> (B, H, W): the transpose of `forward`."""
-    sinogram = sinogram.numpy()
     plan, workers = _plan(geometry, len(sinogram)), torch.get_num_threads()
-    packed, rays, result = _pack_sinograms(plan, sinogram), plan.rays, plan.images(plan.blocks)
+    packed, planes = _pack_sinograms(plan, sinogram.numpy()), _planes(plan, geometry)
+    image = _scratch("workers", workers * math.prod(plan.shape) * LANES)
     for block in range(plan.blocks):
-        partial = plan.images(workers)  # rays of different views write to the same pixels: one image a thread
-        _run(_forward_transpose, workers, packed.reshape(-1), plan.shape, rays["x"], rays["y"], rays["dx"], rays["dy"],
-             rays["count"], rays["h"], partial.reshape(-1), block, workers)
-        partial.sum(axis=0, out=result[block])
-    return torch.from_numpy(_unpack_images(plan, result, geometry, len(sinogram)))
+        _run(_forward_transpose, workers, packed, *_rays(plan), image, block, workers)
+        _run(_sum_workers, geometry.height, image, workers, block, planes)
+    return _unpack_planes(plan, planes, len(sinogram))
 
 
 def backproject_transpose(geometry: Geometry, image: torch.Tensor) -> torch.Tensor:
     """(B, H, W) float32 -> (B, views, bins): the transpose of `backproject`."""
-    image = image.numpy()
     plan = _plan(geometry, len(image))
-    packed, sinogram = _pack_images(plan, image), plan.sinograms()
-    bins = sinogram.shape[2]
-    _run(_backproject_transpose, plan.blocks * plan.views, packed.reshape(-1), plan.shape, bins, plan.trigonometry,
-         plan.scan, sinogram.reshape(-1))
-    sinogram[:, :, 0] = sinogram[:, :, -1] = 0
-    return torch.from_numpy(_unpack_sinograms(plan, sinogram, geometry, len(image)))
+    sinogram = np.zeros((plan.blocks, plan.views, plan.row, LANES), np.float32)
+    _run(_backproject_transpose, plan.blocks * plan.views, _pack_images(plan, image.numpy()), plan.shape, plan.row,
+         plan.trigonometry, plan.scan, sinogram.reshape(-1))
+    return _unpack_sinograms(plan, sinogram, geometry, len(image))
 
 
 @lru_cache(maxsize=16)
-def _filter(geometry: Geometry, name: str, first: int, stop: int) -> torch.Tensor:
-    matrix = filter_matrix(geometry.det_count, name, first, stop) * detector_weight(geometry)[first:stop]
-    padded = np.zeros((stop - first + 2, stop - first + 2))
-    padded[1:-1, 1:-1] = matrix
-    return torch.from_numpy(padded).float()
+def _filter(geometry: Geometry, name: str) -> tuple[np.float32, np.ndarray, np.ndarray]:
+    """The filter's central tap, and distance and value of the others that are not zero."""
+    taps = impulse_response(geometry.det_count, name).astype(np.float32)
+    distance = np.flatnonzero(taps[1:]) + 1
+    return taps[0], distance, taps[distance]
 
 
 def fbp(geometry: Geometry, image: torch.Tensor, view_weights: torch.Tensor, name: str) -> torch.Tensor:
@@ -393,10 +484,8 @@ def fbp(geometry: Geometry, image: torch.Tensor, view_weights: torch.Tensor, nam
 
     view_weights: (views,) float32, the factor of each view (pi/(2N) for a plain FBP over N views).
     """
-    array = image.numpy()
-    plan = _plan(geometry, len(array))
-    sinogram = torch.from_numpy(_project(plan, _pack_images(plan, array)))
-    views = torch.from_numpy(plan.sinogram[..., 1])  # -1 for lanes that hold no view
-    sinogram *= torch.where(views < 0, 0, view_weights[views])[:, :, None, :]
-    filtered = torch.matmul(_filter(geometry, name, plan.first, plan.stop), sinogram)
-    return torch.from_numpy(_unpack_images(plan, _smear(plan, filtered.numpy()), geometry, len(array)))
+    plan = _plan(geometry, len(image))
+    sinogram = _scratch("sinogram", plan.blocks * plan.views * plan.row * LANES)
+    _run(_forward_filtered, plan.blocks * plan.views, _pack_images(plan, image.numpy()), *_rays(plan), plan.sinogram,
+         view_weights.numpy(), plan.bin_weights, *_filter(geometry, name), sinogram)
+    return _smear(plan, sinogram, geometry, len(image))

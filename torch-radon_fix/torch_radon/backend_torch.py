@@ -1,111 +1,120 @@
-"""Plain PyTorch backend: any device, float32 or float64. The readable statement of the mathematics; not fast."""
+"""Plain PyTorch backend: any device, float32 or float64. The readable statement of the mathematics; not fast.
+
+Every map is a list of reads: value = sum of weight * source[index]. Its transpose writes where it read.
+"""
+
+from functools import lru_cache
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
 from .filtering import detector_weight, frequency_response
-from .geometry import Geometry, pixel_bins, ray_samples, used_bins
+from .geometry import PAD, Geometry, pixel_bins, ray_samples, used_bins
 
-CHUNK = 1 << 23  # samples in memory at once
+CHUNK = 1 << 22  # reads in memory at once
 
 
-def _per_view(views: int, samples: int):
-    size = max(1, CHUNK // samples)
+def _per_view(views: int, reads: int):
+    size = max(1, CHUNK // reads)
     return [slice(i, min(i + size, views)) for i in range(0, views, size)]
 
 
-def _rays(geometry: Geometry, views: slice, bins: slice, like: torch.Tensor):
-    table = ray_samples(geometry, np.asarray(geometry.angles, np.float64)[views], geometry.bins[bins])
-    most = max(int(table["count"].max()), 1)
-    j = np.arange(most)
-    x, y = (table[p][..., None] + j * table["d" + p][..., None] for p in "xy")
-    grid = np.stack([(2 * x + 1) / geometry.width - 1, (2 * y + 1) / geometry.height - 1], axis=-1)
-    weight = (j < table["count"][..., None]) * table["h"][..., None].astype(np.float64)
-    return torch.from_numpy(grid).to(like), torch.from_numpy(weight).to(like)
+def _ray_views(geometry: Geometry, batch: int):
+    most = geometry.det_count * (geometry.width + geometry.height)
+    return _per_view(len(geometry.angles), batch * most)
 
 
-def _forward_views(image, grid, weight):
-    batch, (views, bins, samples) = len(image), weight.shape
-    values = F.grid_sample(image[None], grid.view(1, views * bins, samples, 2), align_corners=False)
-    return (values.view(batch, views, bins, samples) * weight).sum(-1)
-
-
-def _read(geometry: Geometry, views: slice, like: torch.Tensor):
-    tables = [pixel_bins(geometry, theta) for theta in np.asarray(geometry.angles, np.float64)[views]]
-    position, weight = (np.stack(part) for part in zip(*tables, strict=True))
-    # Bins -1 and det_count hold zeros; further out both neighbours do.
-    position = np.clip(position + 1, -1, geometry.det_count + 2)
-    lower = np.floor(position)
-    upper_weight = torch.from_numpy((position - lower) * weight).to(like)
-    lower_weight = torch.from_numpy((1 - position + lower) * weight).to(like)
-    lower = torch.from_numpy(lower.astype(np.int64)).to(like.device)
-    return lower + 1, lower_weight, upper_weight
-
-
-def _backproject_views(sinogram, lower, lower_weight, upper_weight):
-    padded = F.pad(sinogram, (2, 3))
-    batch, (views, height, width) = len(sinogram), lower.shape
-    index = lower.view(1, views, -1).expand(batch, -1, -1)
-    low, high = padded.gather(2, index), padded.gather(2, index + 1)
-    return (low * lower_weight.view(views, -1) + high * upper_weight.view(views, -1)).sum(1).view(batch, height, width)
-
-
-def _transpose(linear, zeros, cotangent):
-    """Transpose of a linear map by reverse-mode differentiation, at a tensor of zeros."""
-    with torch.enable_grad():
-        zeros.requires_grad_()
-        return torch.autograd.grad(linear(zeros), zeros, cotangent)[0]
+def _ray_reads(geometry: Geometry, views: slice, like: torch.Tensor):
+    """The four texels of every sample: (index into an image padded by PAD, weight), each (views, bins, samples)."""
+    bins = geometry.bins[slice(*used_bins(geometry))]
+    table = ray_samples(geometry, np.asarray(geometry.angles, np.float64)[views], bins)
+    j = np.arange(max(int(table["count"].max()), 1))
+    valid = j < table["count"][..., None]
+    x, y = (np.where(valid, table[p][..., None] + j * table["d" + p][..., None], 0) for p in "xy")
+    column, row = np.floor(x), np.floor(y)
+    fx, fy = x - column, y - row
+    first = ((row + PAD) * (geometry.width + 2 * PAD) + column + PAD).astype(np.int64)
+    h = valid * table["h"][..., None].astype(np.float64)
+    for step, weight in ((0, (1 - fx) * (1 - fy)), (1, fx * (1 - fy)), (geometry.width + 2 * PAD, (1 - fx) * fy),
+                         (geometry.width + 2 * PAD + 1, fx * fy)):
+        yield torch.from_numpy(first + step).to(like.device), torch.from_numpy(weight * h).to(like)
 
 
 def forward(geometry: Geometry, image: torch.Tensor) -> torch.Tensor:
     """(B, H, W) -> (B, views, bins)."""
-    bins, views = slice(*used_bins(geometry)), len(geometry.angles)
-    sinogram = image.new_zeros(len(image), views, geometry.det_count)
-    for part in _per_view(views, len(image) * geometry.det_count * (geometry.width + geometry.height)):
-        sinogram[:, part, bins] = _forward_views(image, *_rays(geometry, part, bins, image))
+    batch, used = len(image), slice(*used_bins(geometry))
+    sinogram = image.new_zeros(batch, len(geometry.angles), geometry.det_count)
+    source = F.pad(image, (PAD,) * 4).flatten(1)
+    for views in _ray_views(geometry, batch):
+        for index, weight in _ray_reads(geometry, views, image):
+            sinogram[:, views, used] += (source[:, index.flatten()].view(batch, *index.shape) * weight).sum(-1)
     return sinogram
 
 
 def forward_transpose(geometry: Geometry, sinogram: torch.Tensor) -> torch.Tensor:
     """(B, views, bins) -> (B, H, W): the transpose of `forward`."""
-    bins, views = slice(*used_bins(geometry)), len(geometry.angles)
-    image = sinogram.new_zeros(len(sinogram), geometry.height, geometry.width)
-    for part in _per_view(views, len(image) * geometry.det_count * (geometry.width + geometry.height)):
-        grid, weight = _rays(geometry, part, bins, sinogram)
-        image += _transpose(lambda x, g=grid, w=weight: _forward_views(x, g, w), torch.zeros_like(image),
-                            sinogram[:, part, bins])
-    return image
+    batch, used = len(sinogram), slice(*used_bins(geometry))
+    image = sinogram.new_zeros(batch, geometry.height + 2 * PAD, geometry.width + 2 * PAD)
+    for views in _ray_views(geometry, batch):
+        for index, weight in _ray_reads(geometry, views, sinogram):
+            values = sinogram[:, views, used, None] * weight
+            image.view(batch, -1).index_add_(1, index.flatten(), values.view(batch, -1))
+    return image[:, PAD:-PAD, PAD:-PAD].contiguous()
+
+
+def _pixel_reads(geometry: Geometry, views: slice, like: torch.Tensor):
+    """The two bins of every pixel: (index into a row with two bins more in front, weight), each (views, H * W)."""
+    tables = [pixel_bins(geometry, theta) for theta in np.asarray(geometry.angles, np.float64)[views]]
+    position, weight = (np.stack(part).reshape(len(tables), -1) for part in zip(*tables, strict=True))
+    position = np.clip(position, -2, geometry.det_count + 1)  # further out both neighbours are zeros
+    lower = np.floor(position)
+    for step, share in ((0, 1 - position + lower), (1, position - lower)):
+        index = torch.from_numpy(lower.astype(np.int64) + 2 + step)
+        yield index.to(like.device), torch.from_numpy(share * weight).to(like)
 
 
 def backproject(geometry: Geometry, sinogram: torch.Tensor) -> torch.Tensor:
     """(B, views, bins) -> (B, H, W)."""
-    image = sinogram.new_zeros(len(sinogram), geometry.height, geometry.width)
-    for part in _per_view(len(geometry.angles), image.numel()):
-        image += _backproject_views(sinogram[:, part], *_read(geometry, part, sinogram))
+    batch = len(sinogram)
+    image = sinogram.new_zeros(batch, geometry.height, geometry.width)
+    source = F.pad(sinogram, (2, 3))
+    for views in _per_view(len(geometry.angles), image.numel()):
+        for index, weight in _pixel_reads(geometry, views, sinogram):
+            read = source[:, views].gather(2, index.expand(batch, -1, -1))
+            image += (read * weight).sum(1).view_as(image)
     return image
 
 
 def backproject_transpose(geometry: Geometry, image: torch.Tensor) -> torch.Tensor:
     """(B, H, W) -> (B, views, bins): the transpose of `backproject`."""
-    sinogram = image.new_zeros(len(image), len(geometry.angles), geometry.det_count)
-    for part in _per_view(len(geometry.angles), image.numel()):
-        table = _read(geometry, part, image)
-        sinogram[:, part] = _transpose(lambda p, t=table: _backproject_views(p, *t),
-                                       torch.zeros_like(sinogram[:, part]), image)
-    return sinogram
+    batch = len(image)
+    sinogram = image.new_zeros(batch, len(geometry.angles), geometry.det_count + 5)
+    for views in _per_view(len(geometry.angles), image.numel()):
+        for index, weight in _pixel_reads(geometry, views, image):
+            sinogram[:, views].scatter_add_(2, index.expand(batch, -1, -1), image.view(batch, 1, -1) * weight)
+    return sinogram[:, :, 2:-3].contiguous()
+
+
+@lru_cache(maxsize=16)  # kept where they are used: a copy from the host at every call cannot go into a CUDA graph
+def _response(det_count: int, name: str, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    return torch.from_numpy(frequency_response(det_count, name)).to(device, dtype)
+
+
+@lru_cache(maxsize=16)
+def bin_weights(geometry: Geometry, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """Weight of each bin before the filter, (det_count,)."""
+    return torch.from_numpy(detector_weight(geometry)).to(device, dtype)
 
 
 def apply_filter(sinogram: torch.Tensor, name: str) -> torch.Tensor:
     """Row-wise linear convolution with the filter's taps, (..., bins); no view weight. In the tensor's precision."""
     bins = sinogram.shape[-1]
-    response = torch.from_numpy(frequency_response(bins, name)).to(sinogram)
-    spectrum = torch.fft.rfft(sinogram, n=2 * bins) * response
+    spectrum = torch.fft.rfft(sinogram, n=2 * bins) * _response(bins, name, sinogram.dtype, sinogram.device)
     return torch.fft.irfft(spectrum, n=2 * bins)[..., :bins]
 
 
 def fbp(geometry: Geometry, image: torch.Tensor, view_weights: torch.Tensor, name: str) -> torch.Tensor:
     """Backprojection of the filtered projection of (B, H, W); view_weights: (views,), pi/(2N) for a plain FBP."""
-    weight = torch.from_numpy(detector_weight(geometry)).to(image)
-    sinogram = apply_filter(forward(geometry, image) * weight, name) * view_weights[:, None]
-    return backproject(geometry, sinogram)
+    sinogram = forward(geometry, image) * bin_weights(geometry, image.dtype, image.device)
+    return backproject(geometry, apply_filter(sinogram, name) * view_weights[:, None])

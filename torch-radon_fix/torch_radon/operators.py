@@ -1,6 +1,5 @@
 """`Radon` and `RadonFanbeam`: upstream's v1 classes, their borders, gradients and choice of backend."""
 
-import contextlib
 import functools
 import hashlib
 import logging
@@ -11,7 +10,7 @@ import numpy as np
 import torch
 
 from . import backend_torch
-from .filtering import FILTERS, detector_weight
+from .filtering import FILTERS
 from .geometry import Geometry
 from .noise import add_noise, set_seed
 
@@ -72,29 +71,18 @@ def _prepared(x: torch.Tensor) -> torch.Tensor:
 
 def _filter(geometry: Geometry, sinogram: torch.Tensor, name: str, transposed: bool) -> torch.Tensor:
     p = sinogram.float() if sinogram.dtype == torch.float16 else sinogram
-    weight = torch.from_numpy(detector_weight(geometry)).to(p)
+    weight = backend_torch.bin_weights(geometry, p.dtype, p.device)
     scale = math.pi / 2 / len(geometry.angles)
     if transposed:  # the convolution is its own transpose
         return backend_torch.apply_filter(p, name) * (scale * weight)
     return backend_torch.apply_filter(p * weight, name) * scale
 
 
-@contextlib.contextmanager
-def _inside(device: str):
-    """What kernels run under: no autocast; and the machinery of gradients, which is off inside an operator and which
-    the PyTorch backend writes its transposes with.
-    """
-    excluded = torch._C._dispatch_tls_local_exclude_set().remove(torch._C.DispatchKey.AutogradFunctionality)
-    with torch._C._ForceDispatchKeyGuard(torch._C._dispatch_tls_local_include_set(), excluded), torch.no_grad():
-        with torch.autocast(device, enabled=False):
-            yield
-
-
 @torch.library.custom_op("torch_radon::linear", mutates_args=())
 def _apply(x: torch.Tensor, geometry: str, kernel: str, filter_name: str) -> torch.Tensor:
     """One of the linear maps of (B, ..., ...); float64 for float64, else float32, whatever autocast says."""
     x, g = _prepared(x), GEOMETRIES[geometry]
-    with _inside(x.device.type):
+    with torch.autocast(x.device.type, enabled=False):
         if filter_name:
             return _filter(g, x, filter_name, kernel == "filter_transpose")
         return getattr(backend_for(x), kernel)(g, x)
@@ -126,7 +114,7 @@ _apply.register_autograd(_transposed, setup_context=_remember)
 def _fbp(x: torch.Tensor, view_weights: torch.Tensor, geometry: str, filter_name: str) -> torch.Tensor:
     """backprojection(filter(forward(x))) of (B, H, W); precision as in `_apply`, no gradient."""
     x = _prepared(x)
-    with _inside(x.device.type):
+    with torch.autocast(x.device.type, enabled=False):
         return backend_for(x).fbp(GEOMETRIES[geometry], x, view_weights, filter_name)
 
 
@@ -211,7 +199,11 @@ class _Projector:
         if view_weights is None:
             weights = torch.full((views,), math.pi / 2 / views, dtype=dtype, device=imgs.device)
         else:
-            weights = torch.as_tensor(view_weights).to(imgs.device, dtype)
+            weights = torch.as_tensor(view_weights, dtype=dtype)
+            if isinstance(view_weights, torch.Tensor) and view_weights.device != imgs.device:
+                raise ValueError(f"view_weights is on {view_weights.device} and the image on {imgs.device}; expected "
+                                 "one device")
+            weights = weights.to(imgs.device)
         if weights.shape != self._sinogram_shape[:1]:
             raise ValueError(f"view_weights has shape {tuple(weights.shape)}; expected one a view: ({views},)")
         with torch.no_grad():
