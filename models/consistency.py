@@ -4,13 +4,16 @@ import torch
 from torch_radon.solvers import cgne
 
 from models.degradation import Degradation, equal_angles, projector
+from utils.units import pixel_cm
 
 
-def data_consistency(degrade: Degradation, y: list[torch.Tensor], iterations: int):
+def data_consistency(degrade: Degradation, y: list[torch.Tensor], iterations: int, photons: float | None = None):
     """dc(x0_hat, slices): `iterations` of CG on min |P_n x - y|^2 from the estimates x0_hat (B, 1, H, W) of `slices`.
 
     y: measured sinograms, (1, n, bins) each. The correction lies in the range of P_n^T: what the measurement does not
     see stays as the network has it. None for 0 iterations.
+    photons: I0 of a noisy measurement. Rays are then weighted by the inverse of their variance, and a slice stops
+    earlier where its mean weighted squared residual has come down to 1, what noise alone would leave.
     """
     @torch.no_grad()
     def dc(x0_hat, slices):
@@ -18,7 +21,16 @@ def data_consistency(degrade: Degradation, y: list[torch.Tensor], iterations: in
         for n in dict.fromkeys(views):
             group = [j for j, v in enumerate(views) if v == n]
             operator = projector(x.shape[-1], equal_angles(n, degrade.start))
-            x[group] = cgne(operator, x0_hat[group], torch.stack([y[slices[j]] for j in group]), max_iter=iterations)
+            measured, noise = torch.stack([y[slices[j]] for j in group]), {}
+            if photons:
+                weights = inverse_variance(measured, photons, pixel_cm(x.shape[-1]))
+                noise = {"weights": weights, "target": float(measured[0].numel())}
+            x[group] = cgne(operator, x0_hat[group], measured, max_iter=iterations, **noise)
         return x
 
     return dc if iterations else None
+
+
+def inverse_variance(y: torch.Tensor, photons: float, pixel_cm: float) -> torch.Tensor:
+    """1/variance of each ray of a sinogram in 1/cm x pixels under Poisson counts I0 exp(-p pixel_cm) (first order)."""
+    return photons * pixel_cm**2 * torch.exp(-y * pixel_cm)

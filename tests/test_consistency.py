@@ -4,11 +4,13 @@ import numpy as np
 import pytest
 import torch
 from scipy.sparse.linalg import LinearOperator, lsqr
+from torch_radon import transmission_noise
 
 import test as evaluation
-from models.consistency import data_consistency
+from models.consistency import data_consistency, inverse_variance
 from models.degradation import Degradation, equal_angles, projector
 from models.samplers import SAMPLERS, naive, sequential
+from utils.units import pixel_cm
 
 DEGRADE = Degradation()
 
@@ -55,6 +57,20 @@ def test_a_batch_of_mixed_view_counts_gives_what_slices_alone_give(truth):
     alone = torch.cat([data_consistency(DEGRADE, y[i:i + 1], 6)(start[i:i + 1], [0]) for i in range(3)])
     torch.testing.assert_close(dc(start, [0, 1, 2]), alone, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(dc(start[[2, 1]], [2, 1]), alone[[2, 1]], rtol=1e-5, atol=1e-6)
+
+
+def test_noisy_measurements_are_weighted_and_fitted_no_closer_than_their_noise(truth):
+    photons, generator = 1e4, torch.Generator().manual_seed(0)
+    clean = DEGRADE.project(truth, [36] * 3)
+    noisy = [transmission_noise(p, photons, pixel_cm(32), generator=generator) for p in clean]
+
+    def misfits(x):
+        return [(inverse_variance(p, photons, pixel_cm(32)) * (p - q).square()).mean().item()
+                for p, q in zip(noisy, DEGRADE.project(x, [36] * 3), strict=True)]
+
+    assert misfits(truth) == pytest.approx([1, 1, 1], abs=0.05), "the truth's misfit is the noise"
+    few, many = (misfits(data_consistency(DEGRADE, noisy, k, photons)(0.9 * truth, [0, 1, 2])) for k in (2, 40))
+    assert min(few) > 1.5 and 0.8 < min(many) and max(many) <= 1.001
 
 
 def test_what_the_measurement_confirms_stays(truth):

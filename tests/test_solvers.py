@@ -40,6 +40,32 @@ def test_cgne_is_lsqr(kind, request):
         np.testing.assert_allclose(x.flatten().numpy(), expected, atol=1e-6 * abs(expected).max())
 
 
+def test_cgne_weighs_rays_and_pulls_towards_its_start(over):
+    y, start, damp = noise(2, *over._sinogram_shape), noise(2, 12, 12, seed=1), 3.0
+    weights = noise(*over._sinogram_shape, seed=2).square()
+    found = cgne(over, start, y, tol=1e-10, weights=weights, damp=damp)
+    root = weights.sqrt().flatten().numpy()
+    for x, x_start, target in zip(found, start.flatten(1).numpy(), y, strict=True):
+        A, right = root[:, None] * matrix(over), root * target.flatten().numpy()
+        shift = scipy.sparse.linalg.lsqr(A, right - A @ x_start, damp=damp, atol=1e-13, btol=1e-13)[0]
+        np.testing.assert_allclose(x.flatten().numpy(), x_start + shift, atol=1e-6)
+
+
+def test_cgne_stops_each_sample_at_its_target(over):
+    y = over.forward(noise(2, 12, 12))
+    target = y.square().sum((-2, -1), keepdim=True) * torch.tensor([1e-1, 1e-3]).view(2, 1, 1)
+
+    def residuals(x):
+        return (over.forward(x) - y).square().sum((-2, -1))
+
+    found, path = cgne(over, torch.zeros(2, 12, 12).double(), y, residuals, target=target)
+    assert (residuals(found) <= target.flatten()).all()
+    path = torch.stack(path)
+    first = [int((path[:, i] <= target[i].item()).nonzero()[0]) for i in range(2)]
+    assert first[0] < first[1] == len(path) - 1, "no iteration after the last sample has stopped"
+    assert (path[first[0]:, 0] == path[first[0], 0]).all(), "a sample that has stopped stays as it is"
+
+
 def test_cg_is_a_direct_solution(over):
     A = matrix(over)
     y = noise(3, 1, 12, 12)

@@ -9,6 +9,7 @@ if TYPE_CHECKING:  # data preparation reads the constants without waiting for to
 
 MU_WATER = 0.192           # 1/cm
 HU_RANGE = (-1024, 3071)   # what a 12-bit scanner stores
+FIELD_CM = 256 * 0.14      # field of view: images of other sizes have other pixels
 WINDOWS = ((3000, 500), (500, 50), (2000, 0))  # (width, centre) in HU; the first is the headline
 
 
@@ -20,6 +21,11 @@ def hu_to_mu(hu: torch.Tensor) -> torch.Tensor:
 def mu_to_hu(mu: torch.Tensor) -> torch.Tensor:
     """mu in 1/cm -> HU."""
     return (mu - MU_WATER) / MU_WATER * 1000
+
+
+def pixel_cm(size: int) -> float:
+    """Side of a pixel of a slice of `size` pixels, cm. A line integral is the sinogram's value times this."""
+    return FIELD_CM / size
 
 
 def window(mu: torch.Tensor, width: float, centre: float) -> torch.Tensor:

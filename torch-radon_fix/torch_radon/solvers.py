@@ -61,28 +61,42 @@ def cg(forward, x: torch.Tensor, y: torch.Tensor, callback=None, max_iter: int =
     return x if callback is None else (x, values)
 
 
-def cgne(operator, x: torch.Tensor, y: torch.Tensor, callback=None, max_iter: int = 5000, tol: float = 1e-5):
-    """Least squares: minimise |operator.forward(x) - y| by conjugate gradients on the normal equations, from x.
+def cgne(operator, x: torch.Tensor, y: torch.Tensor, callback=None, max_iter: int = 5000, tol: float = 1e-5, *,
+         weights: torch.Tensor | None = None, damp: float = 0.0, target: torch.Tensor | float | None = None):
+    """Least squares: minimise |operator.forward(x) - y|^2 by conjugate gradients on the normal equations, from x.
 
     x: (..., H, W); y: (..., views, bins). Every image is a sample of its own and stops when
     |A^T (y - A x)| <= tol |A^T y|, A^T being `operator.transpose`. From x = 0 it finds the solution of least norm.
+    weights: of each ray, >= 0, broadcast to y: minimises sum weights (A x - y)^2. damp: adds damp^2 |x - start|^2.
+    target: stop as soon as sum weights (A x - y)^2 <= target, a number or one a sample (..., 1, 1).
     """
     _leading(x, y)
     dims = (-2, -1)
-    r = y - operator.forward(x)
+    start, r = x, y - operator.forward(x)
     _check(r)
-    s, target = operator.transpose(r), operator.transpose(y)
-    p, ss, limit, values = s, _dot(s, s, dims), tol**2 * _dot(target, target, dims), []
-    active = ss > limit
+
+    def weighted(p):
+        return p if weights is None else weights * p
+
+    def gradient():
+        s = operator.transpose(weighted(r))
+        return s - damp**2 * (x - start) if damp else s
+
+    def unsettled():
+        return ss > limit if target is None else (ss > limit) & (_dot(r, weighted(r), dims) > target)
+
+    s, toward = gradient(), operator.transpose(weighted(y))
+    p, ss, limit, values = s, _dot(s, s, dims), tol**2 * _dot(toward, toward, dims), []
+    active = unsettled()
     for _ in range(max_iter):
         if not active.any():
             break
         q = operator.forward(p)
-        alpha = _ratio(ss, _dot(q, q, dims), active)
+        alpha = _ratio(ss, _dot(q, weighted(q), dims) + damp**2 * _dot(p, p, dims), active)
         x, r = x + alpha * p, r - alpha * q
-        s = operator.transpose(r)
+        s = gradient()
         ss, previous = _dot(s, s, dims), ss
-        active = active & (ss > limit)
+        active = active & unsettled()
         p = s + _ratio(ss, previous, active) * p
         if callback is not None:
             values.append(callback(x))
