@@ -184,6 +184,7 @@ def main(argv=None):
     watch, scalars = NonFinite(preset.patience, skipped), Scalars(out, seen, writes=rank == 0)
     top = peak(device)
     flops = cost(preset.network(), truths.shape[-1], preset.precision)[1] if top else 0
+    told = failed = 0
     psnr = {}
     bar = tqdm(total=images, initial=seen, unit="img", desc=args.preset, disable=None if rank == 0 else True)
 
@@ -223,17 +224,18 @@ def main(argv=None):
             failed = (flush or not cuda) and watch.check()
             if flush:
                 values = scalars.flush(seen, lr, watch.total)
-                rate = forward_calls(preset, steps_of(preset, step)) * flops * values["images_per_second"]
-                mfu = {"MFU": f"{rate / top / processes:.0%}"} if top else {}
-                bar.set_postfix({**{k: f"{v:.2e}" for k, v in values.items() if k in ("loss/restore", "lr")}, **psnr,
-                                 "GiB": f"{memory(device):.1f}", **mfu}, refresh=False)
+                shown = {k: f"{values[k]:.2e}" for k in ("loss/restore", "lr") if k in values} | psnr
+                if top:
+                    rate = forward_calls(preset, steps_of(preset, step)) * flops * values["images_per_second"]
+                    shown["MFU"] = f"{rate / top / processes:.0%}"
+                bar.set_postfix({**shown, "GiB": f"{memory(device):.1f}"}, refresh=False)
             with scalars.paused():
                 if validation_due(preset, before, seen, images, count):
                     scores, picture = validate(published, val_truths, preset, device)
                     scalars.write(seen, scores, picture)
-                    found = {k.removesuffix("/psnr"): v for k, v in scores.items() if k.endswith("/psnr")}
-                    bar.write(f"{seen} images, PSNR: " + ", ".join(f"{k} {v:.2f} dB" for k, v in found.items()))
-                    psnr = {"dB": " ".join(f"{v:.1f}" for k, v in found.items() if k.endswith(preset.val_sampler))}
+                    decibels = {k.removesuffix("/psnr"): v for k, v in scores.items() if k.endswith("/psnr")}
+                    bar.write(f"{seen} images, PSNR: " + ", ".join(f"{k} {v:.2f} dB" for k, v in decibels.items()))
+                    psnr = {"dB": "/".join(f"{v:.1f}" for k, v in decibels.items() if k.endswith(preset.val_sampler))}
                     if scores["val18/mse"] < best:
                         best = scores["val18/mse"]
                         publish("best.safetensors", validation=scores)
