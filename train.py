@@ -246,9 +246,10 @@ def main(argv=None):
                 break
     scalars.close()
     if failed:
-        blamed = sorted({names[i] for indices in distributed.gather(watch.blamed) for i in indices})
+        blamed = set().union(*distributed.gather(watch.blamed)) or set().union(*distributed.gather(watch.present))
         sys.exit(f"The loss or its gradient was not finite in {preset.patience} optimizer steps in a row, which were "
-                 f"skipped; the state after {seen} images is saved. Slices in them: {', '.join(blamed)}.")
+                 f"skipped; the state after {seen} images is saved. Slices in them: "
+                 + ", ".join(sorted(names[i] for i in blamed)) + ".")
     distributed.finish()
     if told:
         print(f"Stopped by signal {told} after {seen} of {images} images: saved; the same command resumes.")

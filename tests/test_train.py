@@ -30,7 +30,7 @@ def test_train_writes_a_checkpoint_with_its_configuration(data, tmp_path):
     assert header["images"] == 48 and header["levels"] == list(LEVELS) and header["protocol"] == "cvg"
     assert header["training"]["seed"] == 3407 and header["preset"] == "tiny" and not network.training
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    assert {"val18/spdps/psnr", "val18/one-step/ssim"} <= {key for line in lines for key in line}
+    assert {"val18/naive/psnr", "val18/one-step/ssim"} <= {key for line in lines for key in line}
     assert len(list(out.glob("state-*.pt"))) == 2
     assert list(out.glob("events.out.tfevents*"))
 

@@ -16,9 +16,12 @@ from conftest import ROOT
 from safetensors.torch import load_file
 
 import train
+from datasets.loader import sample_at
 from models.epct import loss
 from utils import plot_run
 from utils.device import compiled, memory_advice
+from utils.nonfinite import NonFinite
+from utils.scalars import Step
 from utils.state import newest_state
 
 FAST = ["--preset", "tiny", "--device", "cpu", "--images", "16", "--epct-start", "2", "--ema-start", "4", "--hops", "1",
@@ -57,10 +60,21 @@ def test_many_in_a_row_stop_the_run_with_its_state_and_the_slices_named(go, tmp_
     _, state = newest_state(tmp_path / "out", "cpu")
     assert state["seen"] == 14 and state["skipped"] == 3
     assert all(value.isfinite().all() for value in state["network"].values())
-    from datasets.loader import sample_at
     expected = sorted({["A", "B"][int(s) // 4] + f"_{int(s) % 4:03d}.npy"
                        for s in (sample_at(i, 8, 3407, 1)[0] for i in range(8, 14))})
     assert text.strip().endswith("Slices in them: " + ", ".join(expected) + ".")
+
+
+def test_only_skips_in_a_row_count_and_only_their_slices_are_blamed():
+    watch = NonFinite(patience=2)
+    step = lambda slices, losses, bad: watch.record(  # noqa: E731
+        Step(0, slices, [18] * len(slices), torch.tensor(losses), torch.tensor(1.0), torch.tensor(bad)))
+    step([1, 2], [float("nan"), 1.0], 1.0)
+    step([3, 4], [1.0, 1.0], 0.0)
+    step([5, 6], [1.0, float("inf")], 1.0)
+    assert not watch.check() and watch.total == 2
+    step([7, 8], [1.0, 1.0], 1.0)  # its gradient alone
+    assert watch.check() and watch.total == 3 and watch.blamed == {6} and watch.present == {5, 6, 7, 8}
 
 
 def test_a_signal_saves_and_the_same_command_goes_on(data, tmp_path, go):
@@ -103,8 +117,6 @@ def test_a_full_disk_leaves_the_previous_state(go, tmp_path):
     out = tmp_path / "out"
     states = {path: path.read_bytes() for path in out.glob("state-*.pt")}
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    run = json.loads((out / "run.json").read_text())
-    run["preset"]["images"] = 16
     newest, state = newest_state(out, "cpu")
     resource.setrlimit(resource.RLIMIT_FSIZE, (2**20, hard))
     try:
