@@ -3,7 +3,9 @@
 import errno
 import importlib.metadata
 import json
+import os
 import platform
+import re
 import subprocess
 import sys
 from contextlib import contextmanager
@@ -31,11 +33,14 @@ def full_disk(out: Path):
     """Say in a sentence that the disk is full: what was whole on it still is."""
     try:
         yield
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+    except Exception as error:  # torch.save raises its own error over the cause, safetensors tells the number in words
+        told = re.search(r"\(os error (\d+)\)", str(error))
+        numbers = {getattr(error, "errno", None), getattr(error.__context__, "errno", None), told and int(told[1])}
+        full = numbers & {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+        if not full:
             raise
-        sys.exit(f"{out} takes no more data ({error.strerror}). Its last checkpoint is whole: free some space and "
-                 "repeat the command to go on from there.")
+        sys.exit(f"{out} takes no more data ({os.strerror(full.pop())}). Its last checkpoint is whole: free some "
+                 "space and repeat the command to go on from there.")
 
 
 def save_state(out: Path, seen: int, content: dict) -> None:
