@@ -3,12 +3,14 @@
 set -eu
 cd "$(dirname "$0")"
 
-PRESET=tiny              # a row of models/presets.py: tiny (CPU) | paper (the published recipe)
+PRESET=tiny              # a row of models/presets.py: tiny (CPU) | small, base (GPU) | paper (the published recipe)
 DATA=datasets/sample     # train_img/ and val_img/ of HU .npy slices, or one folder of slices
 OUT=runs/tiny            # checkpoints and curves
 IMAGES=3400              # training images to see in all
 SEED=3407
+GPUS=1                   # more than one: a process for each, which share every batch
 
 . utils/environment.sh
 echo "Training $PRESET on $DATA: $IMAGES images into $OUT (stop with Ctrl-C; run again to resume)."
-exec "$python" train.py --preset "$PRESET" --data "$DATA" --out "$OUT" --images "$IMAGES" --seed "$SEED" "$@"
+[ "$GPUS" -gt 1 ] && launch="-m torch.distributed.run --standalone --nproc-per-node $GPUS" || launch=
+exec "$python" $launch train.py --preset "$PRESET" --data "$DATA" --out "$OUT" --images "$IMAGES" --seed "$SEED" "$@"

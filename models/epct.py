@@ -1,8 +1,14 @@
 """Error-Propagating Composite Training (EPCT; Chen et al., MICCAI 2025): the network's inputs and its loss."""
 
+from collections.abc import Callable
+from dataclasses import dataclass
+
 import torch
 
+from datasets.loader import Part, deform
+from models.consistency import data_consistency
 from models.degradation import LEVELS, Degradation
+from models.presets import Preset
 
 FOCUS = tuple(LEVELS.index(n) for n in (18, 36, 72))  # the sparsity levels that the field reports
 
@@ -24,15 +30,14 @@ def conditioning(levels: list[int], like: torch.Tensor) -> torch.Tensor:
     return torch.tensor(levels, dtype=torch.float32, device=like.device)
 
 
-def loss(network, x: torch.Tensor, t: list[int], x0: torch.Tensor, kind: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """Loss of R(x, t) against x0 for each slice, (B,), and the estimate without its graph.
+def loss(x0_hat: torch.Tensor, x0: torch.Tensor, kind: str, scale: float) -> torch.Tensor:
+    """Loss of an estimate for each slice, (B,).
 
     kind: "mse", the published one, or "rmse", its root: every slice weighs the same however good it already is. In
-    units of config.scale mu, which keeps gradients well above Adam's epsilon; 1 for the published network.
+    units of `scale` mu, which keeps gradients well above Adam's epsilon; 1 for the published network.
     """
-    x0_hat = network(x, conditioning(t, x))
-    mse = ((x0_hat - x0) / network.config.scale).square().mean(dim=(1, 2, 3))
-    return mse if kind == "mse" else mse.sqrt(), x0_hat.detach()
+    mse = ((x0_hat - x0) / scale).square().mean(dim=(1, 2, 3))
+    return mse if kind == "mse" else mse.sqrt()
 
 
 def denser_level(t: int, uniform, jumps: float) -> int:
@@ -54,3 +59,37 @@ def compose(degrade: Degradation, x_t: torch.Tensor, t: list[int], x0_hat: torch
         return degrade(x0_hat, views_of(s))
     at_0 = torch.tensor([level == 0 for level in t], device=x_t.device).view(-1, 1, 1, 1)
     return torch.where(at_0, x0_hat, degrade.shift(x_t, x0_hat, views_of(t), views_of(s)))
+
+
+@dataclass
+class Chain:
+    """The slices of one forward and backward call, and where each stands in its chain of inputs."""
+
+    part: Part
+    x0: torch.Tensor              # ground truths, mu (B, 1, H, W)
+    degrade: Degradation
+    dc: Callable | None           # data consistency with the measurements
+    x_t: torch.Tensor             # the network's input now
+    t: list[int]                  # and its levels
+    x0_hat: torch.Tensor | None = None  # the last estimate
+    losses: torch.Tensor | None = None  # and its loss for each slice, (B,)
+
+
+def begin(part: Part, degrade: Degradation, preset: Preset, seed: int, device: str) -> Chain:
+    """The restore input x_T = D(x0, n_T), T drawn for each slice."""
+    x0 = part.x.to(device, non_blocking=True)
+    if preset.deforms:
+        x0 = degrade.full(deform(x0, part.indices, seed, preset.rotate, preset.zoom, preset.translate))
+    T = [measured_level(u[0], preset.focus) for u in part.uniform]
+    dc = data_consistency(degrade, degrade.project(x0, views_of(T)), preset.dc) if preset.dc else None
+    return Chain(part, x0, degrade, dc, degrade(x0, views_of(T)), T)
+
+
+def hop(chain: Chain, number: int, preset: Preset) -> None:
+    """Compose input number 1, 2, ... of a chain, at denser levels, from the estimate of the input before it."""
+    x0_hat = torch.where(chain.x0_hat.isfinite(), chain.x0_hat, chain.x_t)  # what was not finite took no part either
+    if chain.dc:
+        x0_hat = chain.dc(x0_hat, range(len(x0_hat)))
+    s = [denser_level(t, u[2 * number - 1:2 * number + 1], preset.jumps)
+         for t, u in zip(chain.t, chain.part.uniform, strict=True)]
+    chain.x_t, chain.t = compose(chain.degrade, chain.x_t, chain.t, x0_hat, s, preset.update), s

@@ -1,6 +1,6 @@
 """Presets: every row is the configuration of a documented result. Any field is a flag of train.py."""
 
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 
 from models.unet import UNetConfig
 
@@ -20,6 +20,10 @@ class Preset:
     epochs: int = 40
     batch: int = 4                 # the last, smaller batch of a pass is kept
     augment: bool = False          # flips and quarter turns of x0, which commute with R
+    rotate: float = 0.0            # each slice is turned by up to so many degrees before x0 = R(slice),
+    zoom: float = 0.0              # scaled by up to this share,
+    translate: float = 0.0         # and moved by up to this share of its side
+    starts: int = 1                # angles of the first view to draw from, one a batch; 1: always 0
     # levels and EPCT
     per_sample_levels: bool = False  # one t (and t') a slice instead of one a batch
     epct_start: int = 2000         # optimizer steps before composed inputs begin
@@ -37,7 +41,7 @@ class Preset:
     clip: float = 1.0              # largest gradient norm
     schedule: str = "step"         # step: x0.8 every 25 epochs | cosine: warm-up, then to zero at the last step
     warmup: int = 0                # optimizer steps of linear warm-up (cosine)
-    precision: str = "fp32"        # fp32 | bf16: autocast of the network; projectors are always fp32
+    precision: str = "fp32"        # fp32 | bf16: autocast of the network, projectors in fp32 | fp64: all, for checks
     # EMA
     ema: float = 0.995
     ema_every: int = 10            # optimizer steps between two averages
@@ -49,15 +53,23 @@ class Preset:
     val_slices: int = 0            # slices, evenly spread over the validation set; 0: all
     val_every: int = 0             # images between validations; 0: after passes 0, 3, 6, ... and the last
     save_every: int = 4000         # images between checkpoints
+    # what changes results by rounding alone: free to differ when a run is resumed
+    accumulate: int = 1            # parts of a batch that a process computes one after another, to save memory
+    channels_last: bool = False    # memory layout of the network, on CUDA
+    compile: bool = False          # torch.compile
+    patience: int = 20             # non-finite optimizer steps (each skipped) in a row that stop the run
 
     def check(self) -> None:
         """Raises ValueError with a sentence for values that cannot be."""
         for name, least in {"width": 32, "stem": 1, "images": 0, "epochs": 1, "batch": 1, "hops": 0, "save_every": 1,
-                            "ema_every": 1, "val_every": 0, "val_slices": 0, "warmup": 0, "dc": 0, "lr": 0.0}.items():
+                            "ema_every": 1, "val_every": 0, "val_slices": 0, "warmup": 0, "dc": 0, "lr": 0.0,
+                            "rotate": 0.0, "translate": 0.0, "starts": 1, "patience": 1, "accumulate": 1}.items():
             if getattr(self, name) < least:
                 raise ValueError(f"{name} is {getattr(self, name)}; expected {least} or more")
         if not 0 <= self.focus < 1:
             raise ValueError(f"focus is {self.focus}; expected a share from 0 to below 1")
+        if not 0 <= self.zoom < 1:
+            raise ValueError(f"zoom is {self.zoom}; expected a share from 0 to below 1")
         if self.width % 32:
             raise ValueError(f"width is {self.width}; expected a multiple of 32, the groups of its normalisation")
 
@@ -65,16 +77,36 @@ class Preset:
         return UNetConfig(width=self.width, dropout=self.dropout, stem=self.stem, residual=self.residual,
                           shift=self.shift, scale=self.scale, zero_init=self.zero_init)
 
+    @property
+    def deforms(self) -> bool:
+        """Whether slices are deformed before x0 = R(slice), so that x0 is made anew each time."""
+        return self.rotate > 0 or self.zoom > 0 or self.translate > 0
+
+    def mathematics(self) -> dict:
+        """The fields that a resumed run must share: all but those of how a step is computed."""
+        return {name: value for name, value in asdict(self).items() if name not in COMPUTATION}
+
+
+COMPUTATION = ("accumulate", "channels_last", "compile", "patience")
 
 PAPER = Preset()
+TINY = replace(
+    PAPER, width=32, dropout=0.0, stem=2, residual=True, shift=0.1, scale=0.1, zero_init=True,
+    images=6000, batch=2, augment=True, per_sample_levels=True, focus=0.7, epct_start=500, hops=5, jumps=0.5,
+    update="naive", dc=8, loss="rmse", rollout="own", optimizer="adamw", lr=1e-3, weight_decay=1e-4,
+    schedule="cosine", warmup=100, precision="bf16", ema=0.999, ema_every=1, ema_start=100, ema_dropout=False,
+    publish="ema", val_sampler="naive", val_slices=8, val_every=1000, save_every=200)
 PRESETS = {
     # The published recipe (Chen et al., MICCAI 2025), number by number.
     "paper": PAPER,
     # 2.2 M parameters, 11.5 GFLOP a call: trains on a CPU.
-    "tiny": replace(
-        PAPER, width=32, dropout=0.0, stem=2, residual=True, shift=0.1, scale=0.1, zero_init=True,
-        images=6000, batch=2, augment=True, per_sample_levels=True, focus=0.7, epct_start=500, hops=5, jumps=0.5,
-        update="naive", dc=8, loss="rmse", rollout="own", optimizer="adamw", lr=1e-3, weight_decay=1e-4,
-        schedule="cosine", warmup=100, precision="bf16", ema=0.999, ema_every=1, ema_start=100, ema_dropout=False,
-        publish="ema", val_sampler="naive", val_slices=8, val_every=1000, save_every=200),
+    "tiny": TINY,
+    # 8.6 M parameters, 46 GFLOP a call, the recipe of `tiny`: for one GPU. No trained result is documented yet.
+    "small": replace(
+        TINY, width=64, images=200_000, batch=16, epct_start=1000, lr=5e-4, warmup=500, ema=0.9995, channels_last=True,
+        val_slices=16, val_every=10_000, save_every=5_000),
+    # The published network with the recipe of `tiny`: for one large GPU or several. No result is documented yet.
+    "base": replace(
+        TINY, width=128, stem=1, images=400_000, batch=32, epct_start=2000, lr=2e-4, warmup=1000, ema=0.9995,
+        channels_last=True, compile=True, val_slices=16, val_every=20_000, save_every=5_000),
 }

@@ -7,6 +7,8 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+from models.dropout import Dropout
+
 
 @dataclass(frozen=True)
 class UNetConfig:
@@ -57,7 +59,7 @@ class ResidualBlock(nn.Module):
         self.conv1 = nn.Conv2d(channels_in, channels_out, 3, padding=1)
         self.temb_proj = nn.Linear(time_channels, channels_out)
         self.norm2 = _norm(channels_out)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
         self.conv2 = nn.Conv2d(channels_out, channels_out, 3, padding=1)
         self.nin_shortcut = nn.Conv2d(channels_in, channels_out, 1) if channels_in != channels_out else nn.Identity()
 
@@ -167,5 +169,5 @@ class UNet(nn.Module):
             if hasattr(stage, "upsample"):
                 h = stage.upsample(h)
         h = self.conv_out(F.silu(self.norm_out(h)))
-        h = F.pixel_shuffle(h, self.config.stem).float() * self.config.scale
+        h = F.pixel_shuffle(h, self.config.stem).to(x_t.dtype) * self.config.scale
         return x_t + h if self.config.residual else self.config.shift + h

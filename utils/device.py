@@ -1,4 +1,8 @@
-"""Which device computes, and in what precision it pays."""
+"""Which device computes, in what precision it pays, its peak and its memory."""
+
+import resource
+import sys
+from contextlib import contextmanager
 
 import torch
 
@@ -19,3 +23,48 @@ def bf16_pays(device: str) -> bool:
     if device != "cpu":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+
+
+# Dense bf16 tensor-core FLOP/s by the vendors' data sheets; the first name that is part of the device's name counts.
+PEAKS = {"B200": 2250e12, "H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12,
+         "A10": 125e12, "RTX 5090": 210e12, "RTX 4090": 165e12, "RTX 3090": 71e12}
+
+
+def peak(device: str) -> float | None:
+    """bf16 FLOP/s that model FLOPs utilisation is measured against, or None for a device not in the table."""
+    name = torch.cuda.get_device_name(device) if torch.device(device).type == "cuda" else ""
+    return next((flops for part, flops in PEAKS.items() if part in name), None)
+
+
+def memory(device: str) -> float:
+    """Largest memory of this process so far, GiB: the GPU's, or the main memory's where the CPU computes."""
+    if torch.device(device).type == "cuda":
+        return torch.cuda.max_memory_reserved(device) / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+@contextmanager
+def memory_advice(batch: int, processes: int, accumulate: int):
+    """Turn "out of GPU memory" into a sentence that says what to do."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        share = -(-batch // processes)
+        part = -(-share // accumulate)
+        if part == 1:
+            sys.exit("Out of GPU memory with one slice at a time: take a smaller --width, a --stem of 2 or "
+                     "a larger GPU.")
+        sys.exit(f"Out of GPU memory with {part} slices at a time. Repeat the command with --accumulate "
+                 f"{-(-share // (part // 2))}: {part // 2} at a time, --batch {batch} as it is and so the same result; "
+                 f"or, for another result, in a new folder, with --batch {max(1, batch // 2)}.")
+
+
+def compiled(model, *example):
+    """torch.compile(model), tried out on an example; the model itself, with a sentence, where that does not work."""
+    try:
+        faster = torch.compile(model)
+        faster(*example)
+        return faster
+    except Exception as error:  # a missing compiler, an unsupported device or operator: eager computes the same
+        print(f"torch.compile does not work here ({type(error).__name__}); the network runs as it is.")
+        return model

@@ -1,57 +1,96 @@
 """Training curves: metrics.jsonl always, TensorBoard where it is installed."""
 
 import json
+import math
 import time
+from contextlib import contextmanager
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
+from utils.files import atomic
+from utils.state import full_disk
+
+
+def read_lines(path: Path) -> list[dict]:
+    """The whole lines of a metrics.jsonl; a killed run may leave half a line at the end."""
+    found = []
+    for line in path.read_text().splitlines() if path.is_file() else []:
+        try:
+            found.append(json.loads(line))
+        except ValueError:
+            continue
+    return found
+
+
+class Step(NamedTuple):
+    """What one optimizer step leaves behind; its tensors are on the device, and nobody waits for them."""
+
+    number: int            # 0: on the restore input; 1, 2, ...: on that hop's composed one
+    slices: list[int]
+    views: list[int]       # of each slice
+    losses: torch.Tensor   # of each slice, (B,)
+    norm: torch.Tensor     # of the gradient before it was clipped
+    skipped: torch.Tensor  # 1.0 where loss or gradient were not finite, else 0.0
+
 
 class Scalars:
-    """Collects losses without waiting for the device; `flush` writes their means, once every hundred images or so."""
+    """Collects steps without waiting for the device; `flush` writes their means, once every hundred images or so."""
 
-    def __init__(self, out: Path, seen: int):
-        self.lines, self.pending, self.since, self.seen = out / "metrics.jsonl", [], time.perf_counter(), seen
-        self.at = seen
+    def __init__(self, out: Path, seen: int, writes: bool = True):
+        """A run that resumes after `seen` images drops what it had written beyond them. writes: only one process does.
+        """
+        self.lines, self.pending, self.seen, self.writes, self.board = out / "metrics.jsonl", [], seen, writes, None
+        self.since = time.perf_counter()
+        if not writes:
+            return
+        kept = [line for line in read_lines(self.lines) if line["images"] <= seen]
+        with atomic(self.lines) as partial:
+            partial.write_text("".join(json.dumps(line) + "\n" for line in kept))
         try:
             from torch.utils.tensorboard import SummaryWriter
-            self.board = SummaryWriter(str(out), purge_step=seen)
+            self.board = SummaryWriter(str(out), purge_step=seen + 1)
         except ImportError:
             print("TensorBoard is not installed: its logging is off, metrics.jsonl has the same numbers.")
-            self.board = None
 
-    def train(self, seen: int, losses: list[torch.Tensor], norms: list[torch.Tensor], lr: float) -> None:
-        """Remember one batch: the loss of its restore input and of each composed one, gradient norms, rate."""
-        self.at = seen
-        self.pending.append((losses, norms, lr))
+    def record(self, step: Step) -> None:
+        self.pending.append(step)
 
-    def flush(self) -> dict[str, str]:
-        """Write the means since the last call; return what a status line shows."""
-        mean = lambda values: torch.stack(values).mean().item()  # noqa: E731
-        values = {"loss/restore": mean([losses[0] for losses, _, _ in self.pending]),
-                  "gradient_norm": mean([norm for _, norms, _ in self.pending for norm in norms]),
-                  "lr": self.pending[-1][2],
-                  "images_per_second": (self.at - self.seen) / (time.perf_counter() - self.since)}
-        composed = [loss for losses, _, _ in self.pending for loss in losses[1:]]
-        if composed:
-            values["loss/compose"] = mean(composed)
-        self.pending, self.since, self.seen = [], time.perf_counter(), self.at
-        self._write(values)
-        return {"loss": f"{values['loss/restore']:.2e}", "lr": f"{values['lr']:.1e}"}
+    def flush(self, seen: int, lr: float, skipped: int) -> dict[str, float]:
+        """Write the means over the steps since the last call, of finite values of this process, and return them."""
+        groups: dict[str, list] = {}
+        for step in self.pending:
+            for n, loss in zip(step.views, step.losses.tolist(), strict=True):
+                groups.setdefault("loss/compose" if step.number else "loss/restore", []).append(loss)
+                groups.setdefault(f"loss/{n}_views", []).append(loss)
+        groups["gradient_norm"] = [step.norm.item() for step in self.pending]
+        finite = {name: [v for v in values if math.isfinite(v)] for name, values in groups.items()}
+        values = {name: sum(v) / len(v) for name, v in finite.items() if v}
+        values |= {"lr": lr, "skipped": skipped,
+                   "images_per_second": (seen - self.seen) / (time.perf_counter() - self.since)}
+        self.pending, self.since, self.seen = [], time.perf_counter(), seen
+        self.write(seen, values)
+        return values
 
-    def validation(self, seen: int, scores: dict[str, float], picture: torch.Tensor) -> None:
-        """Write validation scores and a picture (1, H, W) in [0, 1]."""
-        self.at = seen
-        self._write(scores)
-        if self.board:
-            self.board.add_image("val/truth_fbp_reconstruction", picture.cpu(), seen)
+    @contextmanager
+    def paused(self):
+        """Leave what happens inside, a validation or a checkpoint, out of the throughput."""
+        start = time.perf_counter()
+        yield
+        self.since += time.perf_counter() - start
 
-    def _write(self, values: dict[str, float]) -> None:
-        with open(self.lines, "a") as file:
-            file.write(json.dumps({"images": self.at, **values}) + "\n")
+    def write(self, seen: int, values: dict[str, float], picture: torch.Tensor | None = None) -> None:
+        """Write values, and a picture (1, H, W) in [0, 1], at `seen` images."""
+        if not self.writes:
+            return
+        with full_disk(self.lines.parent), open(self.lines, "a") as file:
+            file.write(json.dumps({"images": seen, **values}) + "\n")
         if self.board:
             for name, value in values.items():
-                self.board.add_scalar(name, value, self.at)
+                self.board.add_scalar(name, value, seen)
+            if picture is not None:
+                self.board.add_image("val/truth_fbp_reconstruction", picture.cpu(), seen)
 
     def close(self) -> None:
         """Flush TensorBoard's file."""

@@ -1,0 +1,117 @@
+"""Batches of training slices: everything random is a function of the seed and the global sample index."""
+
+import math
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from datasets.slices import find_slices, fingerprint, read_slices, split_by_patient
+from utils.distributed import shares
+from utils.units import hu_to_mu
+
+
+def load_slices(data, val_fraction: float, val_slices: int, seed: int, multiple: int, strict: bool):
+    """((names, mu), (names, mu), fingerprints) of training and validation slices; mu: (N, 1, H, H) float32, 1/cm.
+
+    val_slices: how many validate, spread evenly over theirs; 0: all.
+    """
+    train = find_slices(data, "train")
+    if train[0].parent.name == "train_img":
+        val = find_slices(data, "val")
+    else:
+        train, val = split_by_patient(train, val_fraction, seed)
+    splits, prints = [], []
+    for files in (train, val):
+        files, hu = read_slices(files, multiple, strict)
+        if val_slices and splits:
+            spread = np.linspace(0, len(hu) - 1, min(val_slices, len(hu))).round().astype(int)
+            files, hu = [files[i] for i in spread], hu[spread]
+        prints.append(fingerprint(files, hu))
+        splits.append(([f.name for f in files], hu_to_mu(torch.from_numpy(hu))[:, None]))
+    return *splits, prints
+
+
+def batches(count: int, batch: int, images: int):
+    """(first, last) global sample indices of every batch: none crosses the end of a pass over the data."""
+    first = 0
+    while first < images:
+        last = min(first + batch, (first // count + 1) * count, images)
+        yield first, last
+        first = last
+
+
+def sample_at(index: int, count: int, seed: int, draws: int):
+    """Slice, symmetry and uniform draws (draws,) of a global sample index: a function of (seed, index) alone."""
+    order = np.random.default_rng([seed, 0, index // count]).permutation(count)
+    rng = np.random.default_rng([seed, 1, index])
+    return order[index % count], rng.integers(8), rng.random(draws)
+
+
+@dataclass
+class Part:
+    """What one forward and backward call works on."""
+
+    indices: range             # global sample indices
+    slices: list[int]          # which slices these are
+    x: torch.Tensor            # they, mu (B, 1, H, W)
+    uniform: list[np.ndarray]  # draws of each for its levels
+
+
+def load_batch(mu: torch.Tensor, span: tuple[int, int], seed: int, preset, rank: int = 0, processes: int = 1,
+               pin: bool = False) -> tuple[tuple[int, int], list[Part], float]:
+    """This process's share of the batch of global indices `span`, and the weight of each of its slices in the loss.
+
+    mu: all slices (N, 1, H, H); preset: fields of a models.presets.Preset; pin: for asynchronous copies to a GPU.
+    """
+    parts, weight = shares(*span, rank, processes, preset.accumulate)
+    loaded, draws = [], 1 + 2 * preset.hops
+    common = sample_at(span[0], len(mu), seed, draws)[2]
+    for indices in parts:
+        order, symmetry, uniform = zip(*(sample_at(i, len(mu), seed, draws) for i in indices), strict=True)
+        x = mu[list(order)]
+        x = flip_and_turn(x, symmetry) if preset.augment else x
+        levels = uniform if preset.per_sample_levels else [common] * len(x)  # else one t and one t' a batch
+        loaded.append(Part(indices, [int(i) for i in order], x.pin_memory() if pin else x, list(levels)))
+    return span, loaded, weight
+
+
+def start_angle(first: int, seed: int, starts: int) -> float:
+    """Angle of the first view for the batch that begins at global index `first`, radians.
+
+    One of `starts` that divide the 18-view spacing evenly: few, because a projector keeps tables for each.
+    """
+    return 2 * math.pi / 18 * int(np.random.default_rng([seed, 2, first]).integers(starts)) / starts
+
+
+def flip_and_turn(x: torch.Tensor, symmetries) -> torch.Tensor:
+    """The symmetry 0..7 of each slice: quarter turns, mirrored from 4 on. They commute with the full-view scan R."""
+    return torch.stack([torch.rot90(y.flip(-1) if g >= 4 else y, int(g % 4), (-2, -1))
+                        for y, g in zip(x, symmetries, strict=True)])
+
+
+def deform(mu: torch.Tensor, indices, seed: int, rotate: float, zoom: float, translate: float) -> torch.Tensor:
+    """Each slice (B, 1, H, W) turned, scaled and moved at random, bilinear, air outside. For slices, before x0 = R(.).
+
+    rotate: largest angle, degrees; zoom: largest change of scale, share; translate: largest shift, share of the side.
+    """
+    draws = np.stack([np.random.default_rng([seed, 3, i]).uniform(-1, 1, 4) for i in indices])
+    angle, scale = np.radians(rotate) * draws[:, 0], 1 / (1 + zoom * draws[:, 1])
+    cos, sin = scale * np.cos(angle), scale * np.sin(angle)
+    shift = 2 * translate * draws[:, 2:]  # the grid runs from -1 to 1
+    theta = torch.from_numpy(np.stack([cos, -sin, shift[:, 0], sin, cos, shift[:, 1]], 1).reshape(-1, 2, 3)).to(mu)
+    return F.grid_sample(mu, F.affine_grid(theta, list(mu.shape), align_corners=False), align_corners=False)
+
+
+def ahead(function, items):
+    """function(item) of all items in order; a thread makes the next one while the caller works on this one."""
+    with ThreadPoolExecutor(1) as pool:
+        waiting = None
+        for item in items:
+            ready, waiting = waiting, pool.submit(function, item)
+            if ready:
+                yield ready.result()
+        if waiting:
+            yield waiting.result()

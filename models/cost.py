@@ -1,0 +1,65 @@
+"""What a network and its training cost: parameters, FLOPs, memory, time."""
+
+import time
+from dataclasses import asdict
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.flop_counter import FlopCounterMode
+
+from models.presets import Preset
+from models.schedule import budget
+from models.unet import UNet, UNetConfig
+from utils.device import bf16_pays
+
+
+def cost(config: UNetConfig, size: int, precision: str) -> tuple[int, int, int]:
+    """(parameters, FLOPs of a forward call of one slice, bytes kept for its backward call), without running it.
+
+    A multiplication with an addition counts as two FLOPs; a backward call takes twice those of the forward call.
+    """
+    kept = {}
+
+    def keep(x):
+        kept[x.untyped_storage()._cdata] = x.untyped_storage().nbytes()
+        return x
+
+    dtype = torch.float64 if precision == "fp64" else torch.float32
+    with FakeTensorMode():
+        network = UNet(config).to(dtype)
+        x, t = torch.zeros(1, 1, size, size, dtype=dtype), torch.zeros(1)
+        with (FlopCounterMode(display=False) as counter, torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x),
+              torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16")):
+            network(x, t)
+        parameters = list(network.parameters())
+        for parameter in parameters:
+            kept.pop(parameter.untyped_storage()._cdata, None)
+    return sum(p.numel() for p in parameters), counter.get_total_flops(), sum(kept.values())
+
+
+def describe(preset: Preset, count: int, size: int, device: str) -> str:
+    """Resolved configuration and cost of a run on `count` slices of `size` pixels, for a person.
+
+    The time is measured: that of one forward and backward call of one slice on this device.
+    """
+    parameters, flops, kept = cost(preset.network(), size, preset.precision)
+    images, steps, calls = budget(preset, count)
+    dtype = torch.float64 if preset.precision == "fp64" else torch.float32
+    network = UNet(preset.network()).to(device, dtype)
+    x, t = torch.zeros(1, 1, size, size, device=device, dtype=dtype), torch.zeros(1, device=device)
+    bf16 = preset.precision == "bf16" and bf16_pays(device)
+    for _ in range(2):  # the first one is slower
+        start = time.perf_counter()
+        with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=bf16):
+            x0_hat = network(x, t)
+        x0_hat.sum().backward()
+        network.conv_in.weight.grad.sum().item()  # waits for the device
+        seconds = time.perf_counter() - start
+    copies = 5  # weights, EMA, gradient and the two averages of Adam
+    held = kept * -(-preset.batch // preset.accumulate) + copies * dtype.itemsize * parameters
+    return "\n".join([
+        *(f"{name:18} {value}" for name, value in asdict(preset).items()),
+        f"{parameters:,} parameters; {flops / 1e9:.2f} GFLOP for a call of one slice of {size}x{size}",
+        f"{images:,} images, {steps:,} optimizer steps, {calls * flops / 1e15:.4g} PFLOP",
+        f"about {held / 2**30:.2f} GiB for one process, besides slices and projector tables",
+        f"about {calls / 3 * seconds / 3600:.2f} h for the network, by one call on this device"])
