@@ -112,7 +112,7 @@ def restore(args, run: dict, rank: int, device: str) -> dict | None:
     out, found = args.out, None
     if rank == 0:
         path, found = state.newest_state(out, device)
-        before = found["run"] if found else state.described_run(out)
+        before = state.described_run(out) or (found and found["run"])  # run.json knows of data accepted since
         if before and "preset" in before:  # a field younger than that run has the value it had by default
             before["preset"] = Preset().mathematics() | before["preset"]
         state.check_run(out, run, before, args.accept_new_data)

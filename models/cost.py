@@ -24,17 +24,17 @@ def cost(config: UNetConfig, size: int, precision: str) -> tuple[int, int, int]:
         kept[x.untyped_storage()._cdata] = x.untyped_storage().nbytes()
         return x
 
-    dtype = torch.float64 if precision == "fp64" else torch.float32
     with FakeTensorMode():
-        network = UNet(config).to(dtype)
-        x, t = torch.zeros(1, 1, size, size, dtype=dtype), torch.zeros(1)
+        network = UNet(config)
+        x, t = torch.zeros(1, 1, size, size), torch.zeros(1)
         with (FlopCounterMode(display=False) as counter, torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x),
               torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16")):
             network(x, t)
         parameters = list(network.parameters())
         for parameter in parameters:
             kept.pop(parameter.untyped_storage()._cdata, None)
-    return sum(p.numel() for p in parameters), counter.get_total_flops(), sum(kept.values())
+    kept_bytes = sum(kept.values()) * (2 if precision == "fp64" else 1)
+    return sum(p.numel() for p in parameters), counter.get_total_flops(), kept_bytes
 
 
 def describe(preset: Preset, count: int, size: int, device: str) -> str:

@@ -130,8 +130,8 @@ def plain_loop(network, truths, epochs, seed, epct_start, ema_start):
 
 def test_paper_is_the_plain_loop_of_the_paper(tmp_path, monkeypatch):
     """27 epochs, past the first decay of the rate; without dropout, whose draws are not comparable."""
-    write_slices(tmp_path / "data" / "train_img", ("A", "B"), 1, 32)
-    write_slices(tmp_path / "data" / "val_img", ("C",), 1, 32)
+    write_slices(tmp_path / "data" / "train_img", ("A", "B"), 1, 16)
+    write_slices(tmp_path / "data" / "val_img", ("C",), 1, 16)
     monkeypatch.setattr(train, "validate", lambda *_: ({"val18/mse": 1.0}, torch.zeros(1, 4, 4)))
     train.main(["--preset", "paper", "--width", "32", "--dropout", "0", "--data", str(tmp_path / "data"), "--out",
                 str(tmp_path / "out"), "--epochs", "27", "--epct-start", "5", "--ema-start", "25", "--seed", "3407",

@@ -163,9 +163,15 @@ def test_where_torch_compile_fails_the_network_runs_as_it_is(monkeypatch, capsys
     assert "torch.compile does not work here (RuntimeError)" in capsys.readouterr().out
 
 
-def test_how_a_step_is_computed_may_differ_on_resume(go):
+def test_how_a_step_is_computed_may_differ_on_resume(go, tmp_path):
     go("--images", "8")
     assert "Resuming" in go("--images", "8", "--accumulate", "2", "--patience", "5")
+    path = tmp_path / "out" / "run.json"
+    described = json.loads(path.read_text())
+    del described["preset"]["starts"]  # as if an older version had written it
+    path.write_text(json.dumps(described))
+    assert "Resuming" in go("--images", "8")
+    assert "another preset (starts)" in go("--images", "8", "--starts", "2", expect=1)
     assert "another preset (lr)" in go("--images", "8", "--lr", "0.5", expect=1)
 
 
