@@ -15,11 +15,6 @@ import torch
 from utils.metrics import headline_ssim
 
 
-def fbp(denoise, degrade, x_T, levels, callback=None, dc=None):
-    """The measurement's FBP as it is: the baseline without a network."""
-    return x_T, [0] * len(x_T)
-
-
 def _estimate(denoise, x, views, slices, dc, callback):
     """R(x, t), made consistent with the measurements where there is `dc`, and shown to `callback`."""
     x0_hat = denoise(x, views)
@@ -110,4 +105,4 @@ def spdps(denoise, degrade, x_T, levels, callback=None, dc=None, *,
     return out, nfe
 
 
-SAMPLERS = {"fbp": fbp, "one-step": one_step, "sequential": sequential, "naive": naive, "spdps": spdps}
+SAMPLERS = {"one-step": one_step, "sequential": sequential, "naive": naive, "spdps": spdps}

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from models.degradation import LEVELS, Degradation, levels_for
-from models.samplers import SAMPLERS, fbp, one_step, sequential, spdps
+from models.samplers import SAMPLERS, one_step, sequential, spdps
 
 TRACES = json.loads((Path(__file__).parent / "golden" / "spdps_traces.json").read_text())
 
@@ -88,4 +88,3 @@ def test_a_perfect_network_is_recovered_by_every_chain(slices):
     for sampler in (one_step, sequential, spdps):
         out, _ = sampler(lambda x, views: truth[:len(x)], Degradation(), slices, levels_for(36))
         torch.testing.assert_close(out, truth)
-    assert fbp(None, None, slices, levels_for(18))[0] is slices
