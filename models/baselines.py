@@ -43,11 +43,12 @@ def sirt(degrade, y, size, iterations=200, callback=None):
 
 @torch.no_grad()
 def tv(degrade, y, size, weight=TV_WEIGHT, iterations=200, callback=None):
-    """Least squares with isotropic total variation: min over x >= 0 of |A x - y|^2/(2 n) + weight sum |grad x|.
+    """Least squares with isotropic total variation: min over x >= 0 of |A x - y|^2/(2 n) + w sum |grad x|, n views.
 
-    n: views. `weight` is for 256 pixels, 1/cm; other sizes scale it by (size/256)^2, as misfit and variation scale. By the primal-dual algorithm of Chambolle & Pock (J. Math. Imaging Vis. 40, 2011,
-    Alg. 1, theta = 1), as Sidky et al. (Phys. Med. Biol. 57, 2012) use it for CT, with the diagonal step sizes
-    of Pock & Chambolle (ICCV 2011, Lemma 2, alpha = 1), which need no norm of A. It starts from the FBP.
+    w = weight (size/256)^2, so that misfit and variation keep their proportion at other sizes. By the primal-dual
+    algorithm of Chambolle & Pock (J. Math. Imaging Vis. 40, 2011, Alg. 1, theta = 1), as Sidky et al. (Phys. Med. Biol.
+    57, 2012) use it for CT, with the diagonal step sizes of Pock & Chambolle (ICCV 2011, Lemma 2, alpha = 1), which
+    need no norm of A. It starts from the FBP.
     """
     operator, target = _operator(degrade, y, size), torch.stack(y)
     x = degrade.fbp(y, size).clamp_min(0)
