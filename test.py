@@ -154,6 +154,8 @@ def save_image(path: Path, x0_hat) -> None:
 def draw(out: Path, name, x0, degrade, reconstruction, args, summary) -> None:
     """A comparison and the error along the chain at each level for one slice; curves of the means over all slices."""
     for n in args.views:
+        if (out / f"comparison_{n}views.png").is_file():
+            continue
         y, images, chains = measured(x0, n, [name], degrade, args), {}, {}
         for method in args.methods:
             errors = []
@@ -164,9 +166,9 @@ def draw(out: Path, name, x0, degrade, reconstruction, args, summary) -> None:
             images[method], _ = reconstruction(method, y, callback=watch)
             if len(errors) > 1:
                 chains[method] = list(zip(range(1, len(errors) + 1), errors, strict=True))
-        figures.comparison(out / f"comparison_{n}views.png", x0, images, f"{name}, {n} views")
         if chains:
             figures.curves(out / f"chain_{n}views.png", chains, "network call", f"{name}, {n} views")
+        figures.comparison(out / f"comparison_{n}views.png", x0, images, f"{name}, {n} views")
     headline = [row for row in summary if row["window"] == list(args.windows[0])]
     if len(args.views) > 1:
         figures.curves(out / "psnr_views.png", {m: sorted((r["views"], r["psnr"]) for r in headline if r["method"] == m)
@@ -174,6 +176,27 @@ def draw(out: Path, name, x0, degrade, reconstruction, args, summary) -> None:
     figures.curves(out / "psnr_calls.png", {f"{n} views": sorted((r["nfe"], r["psnr"]) for r in headline
                                                                  if r["views"] == n) for n in args.views},
                    "network calls a slice", ", ".join(args.methods), joined=False)
+
+
+def write_tables(done, patients, run, args) -> list[dict]:
+    """results.csv, summary.json, comparisons.csv and table.md, which is printed too; the summary."""
+    write_csv(args.out / "results.csv", [row for rows in done.values() for row in rows])
+    summary = summarize(done, patients, args.methods, args.views, args.seed)
+    with atomic(args.out / "summary.json") as partial:
+        partial.write_text(json.dumps(summary, indent=1))
+    if len(args.methods) > 1:
+        write_csv(args.out / "comparisons.csv", compare(done, args.methods, args.views))
+    noise = f", {args.photons:g} photons a ray" if args.photons else ""
+    notes = [f"{len(patients)} slices of {len(set(patients))} patients, protocol {run['protocol']}, {run['dc']} "
+             f"iterations of data consistency a call{noise}."]
+    if "tv" in args.methods:
+        chosen = ", chosen on validation slices" if args.tv_weight == TV_WEIGHT else ""
+        notes.append(f"tv: weight {args.tv_weight:g}{chosen}.")
+    text = table(summary, notes)
+    with atomic(args.out / "table.md") as partial:
+        partial.write_text(text + "\n")
+    print(text)
+    return summary
 
 
 def main(argv=None):
@@ -190,7 +213,7 @@ def main(argv=None):
     files, hu = read_slices(files, network.config.multiple, args.strict)
     names, patients = [f.name for f in files], patients_of(files)
     iterations = trained_dc(header) if args.dc is None else args.dc
-    official = (args.protocol or header["protocol"]) == "cvg-official"
+    official = (args.protocol or header.get("protocol")) == "cvg-official"
     options = {"spdps": {"semantic_budget": args.semantic_budget, "refine_steps": args.refine_steps, "tau": args.tau},
                "tv": {"weight": args.tv_weight}}
     run = {"checkpoint": hashlib.sha256(checkpoint.read_bytes()).hexdigest()[:16], "data": fingerprint(files, hu),
@@ -252,24 +275,11 @@ def main(argv=None):
         done = open_results(args.out, run)
         done = {(name, method, n): done[name, method, n] for n in args.views for method in args.methods
                 for name in names}
-        write_csv(args.out / "results.csv", [row for rows in done.values() for row in rows])
-        summary = summarize(done, patients, args.methods, args.views, args.seed)
-        with atomic(args.out / "summary.json") as partial:
-            partial.write_text(json.dumps(summary, indent=1))
-        write_csv(args.out / "comparisons.csv", compare(done, args.methods, args.views))
+        summary = write_tables(done, patients, run, args)
         middle = len(names) // 2
         draw(args.out, names[middle], degrade.full(mu[middle:middle + 1].to(device)), degrade, reconstruction, args,
              summary)
-        notes = [f"{len(names)} slices of {len(set(patients))} patients, protocol {run['protocol']}, data consistency "
-                 f"{iterations}" + (f", {args.photons:g} photons a ray" if args.photons else "") + "."]
-        if "tv" in args.methods:
-            notes.append(f"tv: weight {args.tv_weight:g}" + (", chosen on validation slices." * (
-                args.tv_weight == TV_WEIGHT)))
-        text = table(summary, notes)
-        with atomic(args.out / "table.md") as partial:
-            partial.write_text(text + "\n")
-        print(text)
-        print(f"Written: results.csv, summary.json, table.md, comparisons.csv and figures in {args.out}.")
+        print(f"Written: tables and figures in {args.out}.")
     distributed.gather(rank)
     distributed.finish()
 

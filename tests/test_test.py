@@ -100,7 +100,7 @@ def test_bad_input_gets_a_sentence_and_nothing_is_overwritten(data, checkpoint, 
     assert "invalid choice" in go("--methods", "magic")
     assert "needs a network with a residual channel" in go("--methods", "reco")
     assert "expected WIDTH,CENTRE in HU" in go("--windows", "3000")
-    assert "expected WIDTH,CENTRE in HU" in go("--windows", "-5,0")
+    assert "expected WIDTH,CENTRE in HU" in go("--windows=-5,0")
     assert "give --photons too" in go("--electronic", "5")
     assert "--photons 0.0: expected a number of at least 1" in go("--photons", "0")
     assert "--refine-steps 0: expected a number of at least 1" in go("--refine-steps", "0")

@@ -27,6 +27,7 @@ def comparison(path: Path, x0: torch.Tensor, images: dict[str, torch.Tensor], ti
                                 squeeze=False)
     truth = mu_to_hu(x0[0, 0].cpu())
     rows, columns = region = detail(truth.clamp(centre - width / 2, centre + width / 2))
+    truth = truth.numpy()
     grey = {"cmap": "gray", "vmin": centre - width / 2, "vmax": centre + width / 2}
     axes[0, 0].imshow(truth, **grey)
     axes[0, 0].add_patch(plt.Rectangle((columns.start, rows.start), columns.stop - columns.start,
@@ -34,7 +35,7 @@ def comparison(path: Path, x0: torch.Tensor, images: dict[str, torch.Tensor], ti
     axes[0, 0].set_title("Truth (720 views)")
     axes[1, 0].imshow(truth[region], **grey)
     for column, (method, image) in zip(axes.T[1:], images.items(), strict=True):
-        psnr, hu = measure(image, x0, *WINDOWS[0])["psnr"].item(), mu_to_hu(image[0, 0].cpu())
+        psnr, hu = measure(image, x0, *WINDOWS[0])["psnr"].item(), mu_to_hu(image[0, 0].cpu()).numpy()
         column[0].imshow(hu, **grey)
         column[0].set_title(f"{LABELS[method]}: {psnr:.1f} dB")
         column[1].imshow(hu[region], **grey)
