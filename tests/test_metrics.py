@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from utils.metrics import measure, ssim
+from utils.metrics import measure, ssim, vif
 from utils.units import hu_to_mu, mu_to_hu, window
 
 CASES = json.loads((Path(__file__).parent / "golden" / "metrics.json").read_text())
@@ -43,3 +43,18 @@ def test_ssim_is_one_for_equal_images_and_symmetric():
     a, b = torch.rand(2, 1, 32, 32), torch.rand(2, 1, 32, 32)
     torch.testing.assert_close(ssim(a, a), torch.ones(2))
     torch.testing.assert_close(ssim(a, b), ssim(b, a))
+
+
+def test_vif_orders_images_by_what_they_still_say():
+    """1 for the truth, less with noise or blur, more than 1 where contrast is enhanced (Sheikh & Bovik, sec. IV)."""
+    _, truth = pair(1)
+    noise = torch.randn(truth.shape, generator=torch.Generator().manual_seed(0))
+    images = {"truth": truth, "some noise": truth + 0.002 * noise, "noise": truth + 0.02 * noise,
+              "blur": torch.nn.functional.avg_pool2d(truth, 5, 1, 2), "flat": torch.full_like(truth, 0.2)}
+    found = {name: vif(x, truth, 3000, 500).item() for name, x in images.items()}
+    assert found["truth"] == pytest.approx(1) and found["flat"] == pytest.approx(0, abs=1e-6)
+    assert 1 > found["some noise"] > found["noise"] > 0 and 0 < found["blur"] < 0.9
+    centre = truth.mean()
+    assert vif(centre + 1.2 * (truth - centre), truth, 5000, 500).item() > 1
+    assert vif(truth.repeat(2, 1, 1, 1), truth.repeat(2, 1, 1, 1), 3000, 500).shape == (2,)
+    assert torch.isnan(vif(truth[..., :40, :40], truth[..., :40, :40], 3000, 500)).all()

@@ -2,7 +2,9 @@
 
 import csv
 import json
+import math
 import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,7 +17,7 @@ from models.checkpoint import load_checkpoint, save_checkpoint
 from models.degradation import Degradation
 from models.unet import UNet, UNetConfig
 from utils.metrics import measure
-from utils.units import WINDOWS, hu_to_mu
+from utils.units import WINDOWS, hu_to_mu, mu_to_hu
 
 
 @pytest.fixture
@@ -32,7 +34,7 @@ def test_tables_agree_with_the_metrics(data, checkpoint, tmp_path):
     text = run("test.py", "--data", data, "--out", out, "--checkpoint", checkpoint, "--views", 18, 72, "--batch", 3)
     summary = json.loads((out / "summary.json").read_text())
     assert len(summary) == 2 * 3 * 3 and {row["slices"] for row in summary} == {8}
-    assert " ".join(summary[0]) == "method views window psnr ssim rmse_hu nfe seconds_per_slice slices"
+    assert " ".join(summary[0]).startswith("method views window psnr ssim rmse_hu nfe seconds_per_slice slices ")
     x = np.stack([np.load(f) for f in sorted((data / "test_img").glob("*.npy"))]).astype(np.float32)
     x0 = Degradation().full(hu_to_mu(torch.from_numpy(x))[:, None])
     expected = measure(Degradation()(x0, 18), x0, *WINDOWS[0])
@@ -41,7 +43,12 @@ def test_tables_agree_with_the_metrics(data, checkpoint, tmp_path):
     assert f"{fbp['psnr']:.2f}" in text
     spdps = [row for row in csv.DictReader((out / "results.csv").open()) if row["method"] == "spdps"]
     assert len(spdps) == 8 * 2 * 3 and all(int(row["nfe"]) >= 6 for row in spdps)
-    assert (out / "comparison_18views.png").stat().st_size > 10_000
+    for figure in ("comparison_18views", "comparison_72views", "chain_18views", "psnr_views", "psnr_calls"):
+        assert (out / f"{figure}.png").stat().st_size > 10_000
+    assert (out / "table.md").read_text().strip() in text
+    assert {row["patient"] for row in csv.DictReader((out / "results.csv").open())} == {"D", "E"}
+    pairs = list(csv.DictReader((out / "comparisons.csv").open()))
+    assert len(pairs) == 2 * 3 and all(float(row["p_holm"]) >= float(row["p_wilcoxon"]) for row in pairs)
 
 
 def timeless(path):
@@ -53,9 +60,14 @@ def test_an_interrupted_run_resumes_to_the_same_table(data, checkpoint, tmp_path
     call(evaluation.main, *command, tmp_path / "whole")
     shutil.copytree(tmp_path / "whole", tmp_path / "cut")
     lines = (tmp_path / "cut" / "results.csv").read_text().splitlines()
-    (tmp_path / "cut" / "results.csv").write_text("\n".join(lines[:38])[:-7])
-    call(evaluation.main, *command, tmp_path / "cut")
+    (tmp_path / "cut" / "results.csv").unlink()
+    (tmp_path / "cut" / "part-0.csv").write_text("\n".join(lines[1:38])[:-9])  # killed while it wrote a line
+    shown = call(evaluation.main, *command, tmp_path / "cut")
     assert timeless(tmp_path / "cut" / "results.csv") == timeless(tmp_path / "whole" / "results.csv")
+    assert not list((tmp_path / "cut").glob("part-*"))
+    before = (tmp_path / "cut" / "results.csv").read_bytes()
+    assert call(evaluation.main, *command, tmp_path / "cut") == shown, "nothing is done again, times included"
+    assert (tmp_path / "cut" / "results.csv").read_bytes() == before
 
 
 def test_batch_size_does_not_change_results(data, checkpoint, tmp_path, call):
@@ -86,6 +98,13 @@ def test_bad_input_gets_a_sentence_and_nothing_is_overwritten(data, checkpoint, 
     save_checkpoint(broken, network.state_dict(), UNetConfig(width=64), {})
     assert "another architecture" in go("--checkpoint", broken)
     assert "invalid choice" in go("--methods", "magic")
+    assert "needs a network with a residual channel" in go("--methods", "reco")
+    assert "expected WIDTH,CENTRE in HU" in go("--windows", "3000")
+    assert "expected WIDTH,CENTRE in HU" in go("--windows=-5,0")
+    assert "give --photons too" in go("--electronic", "5")
+    assert "--photons 0.0: expected a number of at least 1" in go("--photons", "0")
+    assert "--refine-steps 0: expected a number of at least 1" in go("--refine-steps", "0")
+    assert "--start nan: expected an angle" in go("--start", "nan")
     assert not out.exists()
     np.save(data / "test_img" / "D_900.npy", np.zeros((32, 48)))
     (data / "test_img" / "D_901.npy").write_bytes(b"not an array")
@@ -112,3 +131,83 @@ def test_other_sizes_keep_the_field_of_view(checkpoint, tmp_path, call):
     call(evaluation.main, "--data", tmp_path / "big", "--checkpoint", checkpoint, "--views", 100, "--out",
          tmp_path / "out")
     assert {row["views"] for row in json.loads((tmp_path / "out" / "summary.json").read_text())} == {100}
+
+
+def psnr_of(out, method="fbp"):
+    return [float(row["psnr"]) for row in csv.DictReader((out / "results.csv").open()) if row["method"] == method]
+
+
+def test_noise_is_the_scanners_and_the_same_for_the_same_seed(data, checkpoint, tmp_path, call):
+    x0 = Degradation().full(hu_to_mu(torch.from_numpy(body(256, 1)[None, None].astype(np.float32))))
+    args = SimpleNamespace(photons=1e5, electronic=20.0, seed=3)
+    noisy = evaluation.measured(x0, 18, ["D_000.npy"], Degradation(), args)[0]
+    clean = evaluation.measured(x0, 18, ["D_000.npy"], Degradation(), SimpleNamespace(photons=None))[0]
+    counts = 1e5 * torch.exp(-0.14 * clean)
+    z = (noisy - clean) * 0.14 * counts / (counts + 20**2).sqrt()
+    assert z.std().item() == pytest.approx(1, abs=0.05) and z.mean().item() == pytest.approx(0, abs=0.05)
+
+    def go(name, *extra):
+        call(evaluation.main, "--data", data, "--checkpoint", checkpoint, "--views", 36, "--methods", "fbp",
+             "--windows", "3000,500", "--out", tmp_path / name, *extra)
+        return psnr_of(tmp_path / name)
+
+    clean, noisy = go("clean"), go("noisy", "--photons", "1e4")
+    assert max(np.array(noisy) - clean) < -0.1
+    np.testing.assert_allclose(go("again", "--photons", "1e4", "--batch", 1), noisy, atol=1e-4)
+    assert abs(np.array(go("other", "--photons", "1e4", "--seed", 1)) - noisy).min() > 1e-4
+    summary = json.loads((tmp_path / "clean" / "summary.json").read_text())
+    assert [row["window"] for row in summary] == [[3000, 500]]
+
+
+def test_a_start_angle_turns_the_scanner(data, checkpoint, tmp_path, call):
+    """From one view step further on the views are the same; from half a step they are others."""
+    def go(start):
+        out = tmp_path / str(start)
+        call(evaluation.main, "--data", data, "--checkpoint", checkpoint, "--views", 18, "--methods", "fbp", "one-step",
+             "--dc", 2, "--limit", 2, "--start", start, "--out", out)
+        return np.array([psnr_of(out, method) for method in ("fbp", "one-step")])
+
+    np.testing.assert_allclose(go(2 * math.pi / 18), go(0.0), atol=1e-2)
+    assert abs(go(math.pi / 18) - go(0.0)).max() > 0.05
+
+
+def test_images_are_saved_and_made_up_for_when_missing(data, checkpoint, tmp_path, call):
+    command = ["--data", data, "--checkpoint", checkpoint, "--views", 36, "--methods", "fbp", "--out", tmp_path / "out"]
+    call(evaluation.main, *command)
+    call(evaluation.main, *command, "--save-images")
+    saved = np.load(tmp_path / "out" / "images" / "fbp_36views" / "E_003.npy")
+    x = hu_to_mu(torch.from_numpy(np.load(data / "test_img" / "E_003.npy").astype(np.float32)))[None, None]
+    expected = mu_to_hu(Degradation()(Degradation().full(x), 36))[0, 0].numpy()
+    np.testing.assert_allclose(saved, expected, atol=0.1)
+    assert len(list((tmp_path / "out" / "images").rglob("*.npy"))) == 8
+
+
+def test_a_published_file_runs_under_its_own_protocol(data, tmp_path, call):
+    torch.manual_seed(0)
+    weights = {"denoise_fn." + k: v for k, v in UNet(UNetConfig(width=32)).state_dict().items()}
+    torch.save({"net_param": weights, "epoch": 1}, tmp_path / "net.pkl")
+    command = ["--data", data, "--checkpoint", tmp_path / "net.pkl", "--views", 36, "--methods", "fbp", "--limit", 1]
+    assert "protocol cvg-official" in call(evaluation.main, *command, "--out", tmp_path / "a")
+    assert "protocol cvg," in call(evaluation.main, *command, "--out", tmp_path / "b", "--protocol", "cvg")
+    assert psnr_of(tmp_path / "a") != psnr_of(tmp_path / "b")
+
+
+def test_sampler_options_reach_the_sampler(data, checkpoint, tmp_path, call):
+    calls = []
+    for i, options in enumerate([(), ("--tau", "0"), ("--tau", "0", "--refine-steps", 2),
+                                 ("--tau", "0", "--semantic-budget", 1)]):
+        call(evaluation.main, "--data", data, "--checkpoint", checkpoint, "--views", 18, "--methods", "spdps",
+             "--limit", 1, "--out", tmp_path / str(i), *options)
+        calls.append(json.loads((tmp_path / str(i) / "summary.json").read_text())[0]["nfe"])
+    assert calls[1:] == [8, 6, 6], "two calls a unit of budget, and m of refinement"
+
+
+def test_processes_share_the_slices_and_give_the_same_tables(data, checkpoint, tmp_path):
+    command = ("test.py", "--data", data, "--checkpoint", checkpoint, "--views", 18, "--methods", "fbp", "spdps",
+               "--batch", 3, "--out")
+    run(*command, tmp_path / "one")
+    text = run("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2, *command, tmp_path / "two")
+    assert text.count("8 slices of 32 x 32, checkpoint") == 1
+    assert timeless(tmp_path / "two" / "results.csv") == timeless(tmp_path / "one" / "results.csv")
+    one, two = (json.loads((tmp_path / name / "summary.json").read_text()) for name in ("one", "two"))
+    assert [row | {"seconds_per_slice": 0} for row in one] == [row | {"seconds_per_slice": 0} for row in two]

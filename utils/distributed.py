@@ -4,6 +4,7 @@ import contextlib
 import os
 import signal
 import sys
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -20,7 +21,8 @@ def start(device: str) -> tuple[int, int, str]:
     if cuda:
         device = f"cuda:{os.environ['LOCAL_RANK']}"
         torch.cuda.set_device(device)
-    dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
+    # In an evaluation a rank may wait for the others' slices for longer than the default half an hour.
+    dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=timedelta(days=7))
     if dist.get_rank() > 0:
         sys.stdout = open(os.devnull, "w")
     return dist.get_rank(), dist.get_world_size(), device

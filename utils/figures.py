@@ -1,4 +1,4 @@
-"""Figures of reconstructions, drawn without a display."""
+"""Figures of reconstructions and curves, drawn without a display."""
 
 from pathlib import Path
 
@@ -12,30 +12,70 @@ from utils.units import WINDOWS, mu_to_hu
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402 (the backend is chosen first)
 
-LABELS = {"fbp": "FBP", "one-step": "One step", "sequential": "Sequential", "spdps": "SPDPS"}
+LABELS = {"fbp": "FBP", "fbp-fdk": "FBP (FDK weights)", "sirt": "SIRT", "tv": "TV", "one-step": "One step",
+          "sequential": "Sequential", "naive": "Cold diffusion",
+          "reco": "ReCo", "spdps": "SPDPS"}
 
 
 def comparison(path: Path, x0: torch.Tensor, images: dict[str, torch.Tensor], title: str,
                width: float = 1500, centre: float = -100, error: float = 200) -> None:
-    """Truth and reconstructions (1, 1, H, W, mu) above their error maps, written as PNG.
+    """Truth and reconstructions (1, 1, H, W, mu) above a zoomed region and their error maps, written as PNG.
 
     width, centre: display window in HU; error: HU at the ends of the error maps' colours.
     """
-    figure, axes = plt.subplots(2, 1 + len(images), figsize=(2.6 * (1 + len(images)), 5.6), layout="constrained",
+    figure, axes = plt.subplots(3, 1 + len(images), figsize=(2.6 * (1 + len(images)), 8.2), layout="constrained",
                                 squeeze=False)
     truth = mu_to_hu(x0[0, 0].cpu())
+    rows, columns = region = detail(truth.clamp(centre - width / 2, centre + width / 2))
+    truth = truth.numpy()
     grey = {"cmap": "gray", "vmin": centre - width / 2, "vmax": centre + width / 2}
     axes[0, 0].imshow(truth, **grey)
+    axes[0, 0].add_patch(plt.Rectangle((columns.start, rows.start), columns.stop - columns.start,
+                                       rows.stop - rows.start, fill=False, edgecolor="yellow"))
     axes[0, 0].set_title("Truth (720 views)")
+    axes[1, 0].imshow(truth[region], **grey)
     for column, (method, image) in zip(axes.T[1:], images.items(), strict=True):
-        psnr = measure(image, x0, *WINDOWS[0])["psnr"].item()
-        column[0].imshow(mu_to_hu(image[0, 0].cpu()), **grey)
-        column[0].set_title(f"{LABELS.get(method, method)}: {psnr:.1f} dB")
-        shown = column[1].imshow(mu_to_hu(image[0, 0].cpu()) - truth, cmap="RdBu_r", vmin=-error, vmax=error)
-    figure.colorbar(shown, ax=axes[1, 0], location="right", label="error, HU", shrink=0.8)
+        psnr, hu = measure(image, x0, *WINDOWS[0])["psnr"].item(), mu_to_hu(image[0, 0].cpu()).numpy()
+        column[0].imshow(hu, **grey)
+        column[0].set_title(f"{LABELS[method]}: {psnr:.1f} dB")
+        column[1].imshow(hu[region], **grey)
+        shown = column[2].imshow(hu - truth, cmap="RdBu_r", vmin=-error, vmax=error)
+    figure.colorbar(shown, ax=axes[2, 0], location="right", label="error, HU", shrink=0.8)
     for axis in axes.flat:
         axis.axis("off")
     figure.suptitle(title)
+    _write(figure, path)
+
+
+def detail(image: torch.Tensor) -> tuple[slice, slice]:
+    """Rows and columns of the region, a quarter of the sides, in which an image (H, H) varies most."""
+    side = max(8, image.shape[0] // 4)
+    tiles = image.unfold(0, side, side // 2).unfold(1, side, side // 2)
+    row, column = divmod(tiles.flatten(2).std(-1).argmax().item(), tiles.shape[1])
+    return tuple(slice(i * (side // 2), i * (side // 2) + side) for i in (row, column))
+
+
+def curves(path: Path, series: dict[str, list[tuple[float, float]]], xlabel: str, title: str, log: bool = False,
+           joined: bool = True) -> None:
+    """PSNR against something: a marked line for each name's (x, dB) pairs, written as PNG.
+
+    log: logarithmic x; joined: points in a line.
+    """
+    figure, axis = plt.subplots(figsize=(5.5, 4), layout="constrained")
+    for name, points in series.items():
+        axis.plot(*zip(*points, strict=True), "o-" if joined else "o", label=LABELS.get(name, name))
+    if log:
+        ticks = sorted({x for points in series.values() for x, _ in points})
+        axis.set_xscale("log")
+        axis.set_xticks(ticks, [f"{x:g}" for x in ticks], minor=False)
+        axis.minorticks_off()
+    axis.set(xlabel=xlabel, ylabel="PSNR, dB", title=title)
+    axis.grid(alpha=0.3)
+    axis.legend()
+    _write(figure, path)
+
+
+def _write(figure, path: Path) -> None:
     with atomic(path) as partial:
         figure.savefig(partial, dpi=110, format="png")
     plt.close(figure)

@@ -1,7 +1,8 @@
-"""PSNR, SSIM and RMSE of single slices in HU windows."""
+"""PSNR, SSIM, RMSE and VIF of single slices in HU windows."""
 
 import torch
 import torch.nn.functional as F
+from sewar.full_ref import vifp
 
 from utils.units import WINDOWS, window
 
@@ -30,3 +31,15 @@ def measure(estimate_mu: torch.Tensor, truth_mu: torch.Tensor, width: float, cen
     a, b = window(estimate_mu, width, centre), window(truth_mu, width, centre)
     mse = (a - b).square().mean(dim=(1, 2, 3))
     return {"psnr": -10 * torch.log10(mse), "ssim": ssim(a, b), "rmse_hu": mse.sqrt() * width}
+
+
+def vif(estimate_mu: torch.Tensor, truth_mu: torch.Tensor, width: float, centre: float) -> torch.Tensor:
+    """Pixel-domain visual information fidelity of each slice in one window, mu (B, 1, H, W) -> (B,); 1 for the truth.
+
+    Sheikh & Bovik, IEEE TIP 15(2), 2006, by sewar, for a window of 255 grey values, as its noise variance of 2 expects.
+    NaN for slices under 41 pixels, too small for its four scales.
+    """
+    if min(truth_mu.shape[-2:]) < 41:
+        return torch.full((len(truth_mu),), torch.nan)
+    images = [255 * window(x, width, centre)[:, 0].double().cpu().numpy() for x in (truth_mu, estimate_mu)]
+    return torch.tensor([vifp(truth, estimate) for truth, estimate in zip(*images, strict=True)])

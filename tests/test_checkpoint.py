@@ -1,0 +1,117 @@
+"""Checkpoints: the published form, our own, names and addresses, and what must never be run."""
+
+import os
+import pickle
+
+import numpy as np
+import pytest
+import torch
+from conftest import run
+from test_unet import GOLDEN, with_known_weights
+
+from models.checkpoint import find_checkpoint, load_checkpoint, looks_like, save_checkpoint
+from models.unet import UNet, UNetConfig
+from utils import convert
+
+SMALL = UNetConfig(width=32)
+
+
+def published(path, network, prefix="denoise_fn.", zipped=True, **changes):
+    """A file in the published form."""
+    weights = {prefix + name: value for name, value in network.state_dict().items()} | changes
+    torch.save({"net_param": weights, "epoch": 39}, path, _use_new_zipfile_serialization=zipped)
+    return path
+
+
+def test_a_published_file_gives_the_reference_outputs(tmp_path, call):
+    network, header = load_checkpoint(published(tmp_path / "net.pkl", with_known_weights(SMALL)))
+    assert header["protocol"] == "cvg-official" and header["epoch"] == 39 and network.config == SMALL
+    x = np.random.default_rng(7).standard_normal((1, 1, 256, 256)) * 0.05 + 0.15
+    expected = torch.from_numpy(np.load(GOLDEN / "unet_out_ch32.npz")["ch32_t7"])
+    with torch.no_grad():
+        found = network(torch.from_numpy(x.astype(np.float32)), torch.tensor([7]))
+    assert (found[0, 0] - expected).norm() / expected.norm() <= 1e-4
+
+    for name, form in {"ddp": {"prefix": "module.denoise_fn."}, "legacy": {"zipped": False}}.items():
+        same, _ = load_checkpoint(published(tmp_path / f"{name}.pkl", network, **form))
+        assert all(torch.equal(a, b) for a, b in zip(network.parameters(), same.parameters(), strict=True))
+
+    out = tmp_path / "new" / "net.safetensors"
+    assert "protocol cvg-official" in call(convert.main, tmp_path / "net.pkl", out)
+    same, header = load_checkpoint(out)
+    assert all(torch.equal(a, b) for a, b in zip(network.parameters(), same.parameters(), strict=True))
+    assert header["protocol"] == "cvg-official" and header["converted_from"] == "net.pkl"
+    assert "exists" in call(convert.main, tmp_path / "net.pkl", out, expect=1)
+    assert "ends in .safetensors" in call(convert.main, tmp_path / "net.pkl", tmp_path / "net.bin", expect=1)
+
+
+class Hostile:
+    def __init__(self, marker):
+        self.marker = marker
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.marker),)
+
+
+@pytest.mark.parametrize("form", ["zip", "legacy", "pickle"])
+def test_a_hostile_pickle_runs_nothing(form, tmp_path):
+    path, marker = tmp_path / "net.pkl", tmp_path / "marker"
+    content = {"net_param": {"denoise_fn.conv_in.weight": Hostile(marker)}, "epoch": 0}
+    if form == "pickle":
+        path.write_bytes(pickle.dumps(content, protocol=2))
+    else:
+        torch.save(content, path, _use_new_zipfile_serialization=form == "zip")
+    with pytest.raises(SystemExit, match="nothing in it was run"):
+        load_checkpoint(path)
+    assert not marker.exists()
+    if form != "legacy":
+        torch.load(path, weights_only=False) if form == "zip" else pickle.loads(path.read_bytes())
+        assert marker.exists(), "the case must be one that would have run"
+
+
+def test_weights_that_do_not_fit_are_named(tmp_path):
+    network = UNet(SMALL)
+    path = published(tmp_path / "net.pkl", network, **{"denoise_fn.extra.weight": torch.zeros(3)})
+    with pytest.raises(SystemExit, match=r"1 not known \(extra.weight\).*look like UNetConfig\(width=32"):
+        load_checkpoint(path)
+    state = network.state_dict()
+    del state["mid.attn_1.q.bias"], state["norm_out.weight"]
+    torch.save({"net_param": state}, path)
+    with pytest.raises(SystemExit, match=r"2 missing \(mid.attn_1.q.bias, norm_out.weight\)"):
+        load_checkpoint(path)
+    save_checkpoint(tmp_path / "net.safetensors", network.state_dict(), UNetConfig(width=64), {})
+    with pytest.raises(SystemExit, match=r"64-channel.*of another shape.*look like UNetConfig\(width=32"):
+        load_checkpoint(tmp_path / "net.safetensors")
+    other = UNetConfig(width=32, multipliers=(1, 2), blocks=1, stem=2, channels=2)
+    assert looks_like(UNet(other).state_dict()) == other
+    assert looks_like({"conv_in.weight": torch.zeros(3)}) is None
+
+
+@pytest.mark.parametrize(("content", "sentence"), [
+    (b"", "not a whole PyTorch file"), (b"PK\x03\x04 cut short", "not a whole PyTorch file"),
+    (b"just text", "not a whole PyTorch file"), ([1, 2], "no weights under net_param"),
+    ({"net_param": {"a": 1}}, "no weights under net_param")])
+def test_other_files_get_a_sentence(content, sentence, tmp_path):
+    path = tmp_path / "net.pkl"
+    path.write_bytes(content) if isinstance(content, bytes) else torch.save(content, path)
+    with pytest.raises(SystemExit, match=sentence):
+        load_checkpoint(path)
+
+
+def test_names_and_addresses(tmp_path):
+    assert load_checkpoint(find_checkpoint("tiny"))[1]["preset"] == "tiny"
+    for wrong, sentence in {"huge": "one of tiny, cvg-diff", "hf://owner/net.pkl": "hf://owner/repository/file"}.items():
+        with pytest.raises(SystemExit, match=sentence):
+            find_checkpoint(wrong)
+
+    snapshot = tmp_path / "hub" / "models--someone--ct" / "snapshots" / "0123abcd"
+    snapshot.mkdir(parents=True)
+    (tmp_path / "hub" / "models--someone--ct" / "refs").mkdir()
+    (tmp_path / "hub" / "models--someone--ct" / "refs" / "main").write_text("0123abcd")
+    published(snapshot / "net.pkl", UNet(SMALL))
+    offline = {"HF_HOME": tmp_path, "HF_HUB_OFFLINE": 1}
+    command = ("-m", "utils.convert", "hf://someone/ct/net.pkl", tmp_path / "net.safetensors")
+    assert "Written" in run(*command, **{k: str(v) for k, v in offline.items()})
+    text = run("-m", "utils.convert", "cvg-diff", tmp_path / "other.safetensors", expect=1,
+               **{k: str(v) for k, v in offline.items()})
+    assert "is not in the Hugging Face cache and could not be downloaded" in text and "give its path" in text

@@ -1,0 +1,31 @@
+"""A checkpoint of the published CvG-Diff code as a safetensors file of ours.
+
+    python -m utils.convert IN.pkl OUT.safetensors      # IN: anything that test.py --checkpoint takes
+"""
+
+import argparse
+from pathlib import Path
+
+from models.checkpoint import find_checkpoint, load_checkpoint, save_checkpoint
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+                                     allow_abbrev=False)
+    parser.add_argument("source", metavar="IN", help="a file, a known name or hf://owner/repository/file")
+    parser.add_argument("target", metavar="OUT", type=Path, help="a .safetensors file that does not exist yet")
+    args = parser.parse_args(argv)
+    if args.target.suffix != ".safetensors":
+        parser.error(f"OUT is {args.target}; expected a name that ends in .safetensors")
+    if args.target.exists():
+        parser.error(f"{args.target} exists; give another name or remove it")
+    source = find_checkpoint(args.source)
+    network, header = load_checkpoint(source)
+    args.target.parent.mkdir(parents=True, exist_ok=True)
+    save_checkpoint(args.target, network.state_dict(), network.config, {**header, "converted_from": source.name})
+    print(f"Written: {args.target}, {sum(p.numel() for p in network.parameters()):,} parameters, to be run under "
+          f"protocol {header['protocol']}.")
+
+
+if __name__ == "__main__":
+    main()
