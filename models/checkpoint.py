@@ -69,14 +69,12 @@ def looks_like(state: dict[str, torch.Tensor]) -> UNetConfig | None:
         width, channels = state["conv_in.weight"].shape[:2]
         stages = [max(int(name.split(".")[3]) for name in state if name.startswith(f"down.{i}.block.")) + 1
                   for i in range(1 + max(int(name.split(".")[1]) for name in state if name.startswith("down.")))]
-        stem = math.isqrt(len(state["conv_out.weight"]))
         multipliers = tuple(len(state[f"down.{i}.block.0.norm2.weight"]) // width for i in range(len(stages)))
     except (KeyError, ValueError, IndexError):
         return None
-    if width % 32 or 0 in (stem, *multipliers):
+    if width % 32 or 0 in multipliers:
         return None
-    return UNetConfig(width=width, multipliers=multipliers, blocks=stages[0], stem=stem,
-                      channels=channels // stem**2)
+    return UNetConfig(width=width, multipliers=multipliers, blocks=stages[0], stem=math.isqrt(channels))
 
 
 def _read_safetensors(path: Path) -> tuple[dict[str, torch.Tensor], dict]:
