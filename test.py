@@ -112,14 +112,14 @@ def measured(x0, n_views: int, names, degrade, args) -> list[torch.Tensor]:
 
 
 @torch.no_grad()
-def reconstruct(method: str, y, size: int, denoise, degrade, iterations: int, callback=None, **options):
+def reconstruct(method: str, y, size: int, denoise, degrade, iterations: int, photons=None, callback=None, **options):
     """x0_hat (B, 1, size, size) and calls of each slice from measured sinograms of one view count, nothing else.
 
-    iterations: of data consistency; callback and options are the method's.
+    iterations, photons: of data consistency; callback and options are the method's.
     """
     if method in BASELINES:
         return BASELINES[method](degrade, y, size, **options), [0] * len(y)
-    dc = data_consistency(degrade, y, iterations)
+    dc = data_consistency(degrade, y, iterations, photons)
     return SAMPLERS[method](denoise, degrade, degrade.fbp(y, size), levels_for(y[0].shape[-2]), callback, dc, **options)
 
 
@@ -226,8 +226,8 @@ def main(argv=None):
     denoise = denoiser(network.to(device), clip=not official, precision=args.precision)
 
     def reconstruction(method, y, callback=None):
-        watch = {"callback": callback} if method in SAMPLERS else {}
-        return reconstruct(method, y, hu.shape[-1], denoise, degrade, iterations, **watch, **options.get(method, {}))
+        given = options.get(method, {}) | ({"callback": callback} if method in SAMPLERS else {})
+        return reconstruct(method, y, hu.shape[-1], denoise, degrade, iterations, args.photons, **given)
 
     def image(method, n, name):
         return args.out / "images" / f"{method}_{n}views" / name
