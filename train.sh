@@ -6,7 +6,7 @@ cd "$(dirname "$0")"
 PRESET=tiny              # a row of models/presets.py: tiny (CPU) | small, base (GPU) | paper (the published recipe)
 DATA=datasets/sample     # train_img/ and val_img/ of HU .npy slices, or one folder of slices
 OUT=runs/tiny            # checkpoints and curves
-IMAGES=3400              # training images to see in all
+IMAGES=6000              # training images to see in all
 SEED=3407
 GPUS=1                   # more than one: a process for each, which share every batch
 
