@@ -21,14 +21,16 @@ def centre(image: torch.Tensor) -> tuple[float, float]:
 
 
 def test_deformation_moves_a_disc_as_far_as_it_says():
-    image, at = disc(0.3, 0.0), (0.3, 0.0)
+    image, at, angles = disc(0.3, 0.0), (0.3, 0.0), []
     for index in range(6):
         x, y = centre(deform(image, [index], 7, rotate=30.0, zoom=0.0, translate=0.0))
-        assert abs(math.hypot(x, y) - 0.3) < 0.01 and abs(math.degrees(math.atan2(y, x))) < 30.5
+        angles.append(math.degrees(math.atan2(y, x)))
+        assert abs(math.hypot(x, y) - 0.3) < 0.01 and abs(angles[-1]) < 30.5
         x, y = centre(deform(image, [index], 7, rotate=0.0, zoom=0.0, translate=0.1))
         assert abs(x - at[0]) < 0.21 and abs(y - at[1]) < 0.21 and (abs(x - at[0]) > 0.005 or abs(y) > 0.005)
         grown = deform(image, [index], 7, rotate=0.0, zoom=0.2, translate=0.0).sum() / image.sum()
         assert 0.8**2 * 0.97 < grown < 1.2**2 * 1.03 and abs(grown - 1) > 1e-4
+    assert max(angles) - min(angles) > 10
     torch.testing.assert_close(deform(image, [3], 7, 0.0, 0.0, 0.0), image, rtol=1e-4, atol=1e-5)
 
 

@@ -129,7 +129,10 @@ def plain_loop(network, truths, epochs, seed, epct_start, ema_start):
 
 
 def test_paper_is_the_plain_loop_of_the_paper(tmp_path, monkeypatch):
-    """27 epochs, past the first decay of the rate; without dropout, whose draws are not comparable."""
+    """27 epochs, past the first decay of the rate; without dropout, whose draws are not comparable.
+
+    Tolerance: an optimizer step moves a weight by 4e-5, and Adam magnifies the rounding of gradients near its epsilon.
+    """
     write_slices(tmp_path / "data" / "train_img", ("A", "B"), 1, 16)
     write_slices(tmp_path / "data" / "val_img", ("C",), 1, 16)
     monkeypatch.setattr(train, "validate", lambda *_: ({"val18/mse": 1.0}, torch.zeros(1, 4, 4)))
@@ -144,7 +147,7 @@ def test_paper_is_the_plain_loop_of_the_paper(tmp_path, monkeypatch):
     expected = plain_loop(network, Degradation().full(slices.double()), 27, 3407, 5, 25)
     for found, plain in zip((state["network"], state["ema"]), expected, strict=True):
         for name, value in plain.items():
-            torch.testing.assert_close(found[name], value, rtol=1e-7, atol=1e-9)
+            torch.testing.assert_close(found[name], value, rtol=1e-6, atol=1e-7)
 
 
 def test_paper_fields():
