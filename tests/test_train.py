@@ -40,7 +40,7 @@ def test_learning_lowers_the_loss(data, tmp_path, call):
         "--val-every", "400", "--save-every", "400", "--epct-start", "1000", "--augment")
     losses = [json.loads(line) for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
     losses = [line["loss/restore"] for line in losses if "loss/restore" in line]
-    assert losses[-1] < 0.6 * losses[0]
+    assert losses[-1] < 0.8 * losses[0]  # root mean squares
 
 
 def test_killed_and_restarted_ends_bit_identical(data, tmp_path):
