@@ -129,8 +129,11 @@ def _scan_nifti(path):
     # Without these codes the file does not say how it lies, and nibabel assumes an orientation.
     unknown = image.header.get("sform_code", 1) == image.header.get("qform_code", 1) == 0
     warning = "does not say how the patient lies; the orientation may be wrong" if unknown else ""
+    to_left, to_back = -image.affine[:3, :2].T * (-1, -1, 1) / step[:, None]  # DICOM's axes run left, back, head
+    corners = [(image.affine @ (size - 1, size - 1, frame, 1))[:3] * (-1, -1, 1) for frame in range(count)]
     return [Slice(path, frame, number=frame, size=size, spacing=float(step[0]), warning=warning,
-                  position=float(image.affine[2, 3] + frame * image.affine[2, 2])) for frame in range(count)]
+                  position=float(image.affine[2, 3] + frame * image.affine[2, 2]),
+                  orientation=(*to_left, *to_back), corner=tuple(corner)) for frame, corner in enumerate(corners)]
 
 
 def examine(path: str) -> tuple[list[Slice], list[tuple[str, str, str]]]:
