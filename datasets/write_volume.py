@@ -109,7 +109,7 @@ def series_header(about: str, series_uid: str, original: pydicom.Dataset | None,
         new = generate_uid(entropy_srcs=[series_uid if uid is None else uid, name])
         setattr(header, name, new if uid is None or deidentify else uid)
     if deidentify or original is None:
-        header.PatientName = header.PatientID = patient
+        header.PatientName, header.PatientID = f"{patient}^", patient
     if deidentify:
         header.PatientIdentityRemoved = "YES"
         header.DeidentificationMethod = "Only scan attributes kept, UIDs hashed"
@@ -122,6 +122,8 @@ def series_header(about: str, series_uid: str, original: pydicom.Dataset | None,
     header.DerivationDescription = about[:1024]
     header.Manufacturer = "CvG-Diff"
     header.setdefault("PatientPosition", "HFS")
+    if "BodyPartExamined" not in header:
+        header.Laterality = ""  # wanted, without a value, where nothing says that the part is not one of a pair
     header.SamplesPerPixel, header.PhotometricInterpretation = 1, "MONOCHROME2"
     header.BitsAllocated, header.BitsStored, header.HighBit, header.PixelRepresentation = 16, 12, 11, 0
     header.RescaleSlope, header.RescaleIntercept, header.RescaleType = 1, -1024, "HU"

@@ -22,7 +22,8 @@ from pydicom.uid import generate_uid
 from tqdm import tqdm
 
 from datasets.dicom import Refused
-from datasets.prepare import ARRAYS, NIFTI, load, resize_hu, write_table
+from datasets.formats import ARRAYS, NIFTI, load, resize_hu
+from datasets.prepare import write_table
 from datasets.scanner import fbp, make_scanner, read_geometry, to_pixels
 from datasets.series import find_series
 from datasets.sinograms import is_projections, read_sinograms
