@@ -193,12 +193,17 @@ def projector(scanner: Scanner, size: int) -> Radon | RadonFanbeam:
                             det_offset=offset, weights="fdk")
 
 
+def check_shape(scanner: Scanner, shape: tuple[int, ...]) -> None:
+    """Raises ValueError where (..., views, bins) are not the scanner's."""
+    if tuple(shape[-2:]) != (len(scanner.angles), scanner.detector_count):
+        raise ValueError(f"The sinogram has {shape[-2]} views of {shape[-1]} bins, the geometry "
+                         f"{len(scanner.angles)} of {scanner.detector_count}; expected the same (views, bins)")
+
+
 def to_pixels(scanner: Scanner, lines: np.ndarray, size: int) -> torch.Tensor:
     """Line integrals (..., views, bins) as measured, no unit -> (..., views, flat bins) float32 for `projector`."""
     lines = np.asarray(lines, np.float32)
-    if lines.shape[-2:] != (len(scanner.angles), scanner.detector_count):
-        raise ValueError(f"The sinogram has {lines.shape[-2]} views of {lines.shape[-1]} bins, the geometry "
-                         f"{len(scanner.angles)} of {scanner.detector_count}; expected the same (views, bins)")
+    check_shape(scanner, lines.shape)
     if not np.isfinite(lines).all():
         raise ValueError("The sinogram holds NaN or infinity; expected finite line integrals")
     position = _flat_bins(scanner)[2]

@@ -20,7 +20,7 @@ from utils.reconstruct import main
 BODY = [(0, 0, 150, 120, 0, 1.0), (40, 30, 30, 20, 0.4, 0.3), (-60, -20, 25, 40, -0.3, -0.5), (10, -60, 15, 15, 0, 0.8)]
 FAN = {"angles": {"start": 0, "step": 0.5, "count": 720}, "detector_count": 500, "detector_pitch_mm": 1.5,
        "field_of_view_mm": 360, "size": 128, "source_distance_mm": 600, "detector_distance_mm": 500}
-PARALLEL = {"beam": "parallel", "angles": {"start": 0, "step": 0.5, "count": 360}, "detector_count": 480,
+PARALLEL = {"beam": "parallel", "angles": {"start": 0, "step": 0.5, "count": 360}, "detector_count": 640,
             "detector_pitch_mm": 0.8, "field_of_view_mm": 360, "size": 128}
 
 

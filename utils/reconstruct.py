@@ -24,7 +24,7 @@ from tqdm import tqdm
 from datasets.dicom import Refused
 from datasets.formats import ARRAYS, NIFTI, load, resize_hu
 from datasets.prepare import write_table
-from datasets.scanner import fbp, make_scanner, read_geometry, to_pixels
+from datasets.scanner import check_shape, fbp, make_scanner, read_geometry, to_pixels
 from datasets.series import find_series
 from datasets.sinograms import is_projections, read_sinograms
 from datasets.write_volume import (
@@ -156,9 +156,9 @@ def measured(args, denoise, iterations) -> Job:
     try:
         lines, told = read_sinograms(args.input, args.dataset)
         scanner = make_scanner(told | (read_geometry(args.geometry) if args.geometry else {}))
-        scanner, chosen = scanner.thinned(args.views or len(scanner.angles))
+        check_shape(scanner, lines.shape)
+        scanner, chosen = scanner.thinned(len(scanner.angles) if args.views is None else args.views)
         size = args.size or scanner.size
-        to_pixels(scanner, lines[0][chosen], size)
     except Refused as error:
         sys.exit(f"{args.input} {error}.")
     except ValueError as error:
@@ -222,22 +222,27 @@ def open_work(path: Path, count: int, size: int) -> np.memmap:
 
 def reconstruct_slices(job: Job, work: np.ndarray, wanted: list[int], batch: int, device: str) -> list[tuple]:
     """Fill in the wanted slices of the working file that are missing; (name, status, reason) of those that fail."""
-    todo = [i for i in wanted if (work[i] == MISSING).any()]  # any: a killed run may leave half a slice
+    todo = {i for i in wanted if (work[i] == MISSING).any()}  # any: a killed run may leave half a slice
     failed = []
     with tqdm(total=len(todo), unit="slice", disable=None) as bar:
-        for start in range(0, len(todo), batch):
-            read, index = [], []
-            for i in todo[start:start + batch]:
+        for start in range(0, len(work), batch):
+            members = range(start, min(start + batch, len(work)))
+            if todo.isdisjoint(members):
+                continue
+            read = {}  # always the whole batch: rounding depends on the company a slice is in
+            for i in members:
                 try:
-                    read.append(job.read(i))
-                    index.append(i)
+                    read[i] = job.read(i)
                 except ValueError as error:
-                    failed.append((job.names[i], "refused", str(error)))
-            if index:
+                    failed += [(job.names[i], "refused", str(error))] * (i in todo)
+            if not todo.isdisjoint(read):
                 with torch.no_grad():
-                    hu = mu_to_hu(job.solve(torch.stack(read)[:, None].to(device))).clamp(*HU_RANGE)
-                work[index] = hu.round().to(torch.int16).cpu().numpy()[:, 0]
-            bar.update(len(read) + len(todo[start:start + batch]) - len(index))
+                    mu = job.solve(torch.stack(list(read.values()))[:, None].to(device))
+                hu = mu_to_hu(mu).clamp(*HU_RANGE).round().to(torch.int16).cpu().numpy()
+                for i, image in zip(read, hu[:, 0], strict=True):
+                    if i in todo:
+                        work[i] = image
+            bar.update(len(todo.intersection(members)))
     return failed
 
 
