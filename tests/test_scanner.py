@@ -3,6 +3,7 @@
 import json
 import struct
 
+import h5py
 import numpy as np
 import pydicom
 import pytest
@@ -229,7 +230,6 @@ def test_private_values_may_come_as_bytes(tmp_path):
 
 
 def test_arrays_and_hdf5(tmp_path):
-    h5py = pytest.importorskip("h5py")
     volume = np.random.default_rng(0).random((3, 4, 5)).astype(np.float32)
     np.save(tmp_path / "v.npy", volume)
     np.save(tmp_path / "one.npy", volume[1])
