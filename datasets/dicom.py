@@ -59,6 +59,7 @@ class Slice:
     slope: float = 1.0
     intercept: float = 0.0
     orientation: tuple[float, ...] = (1, 0, 0, 0, 1, 0)
+    corner: tuple[float, ...] | None = None  # ImagePositionPatient: mm of the first pixel's centre as stored
 
 
 def to_hu(stored: np.ndarray, slope: float, intercept: float, padding: int | None = None) -> np.ndarray:
@@ -97,6 +98,17 @@ def standard_axial(image: np.ndarray, orientation) -> np.ndarray:
     if abs(along_columns[1]) > abs(along_columns[0]):
         image, along_columns, along_rows = image.T, along_rows, along_columns
     return image[:: 1 if along_rows[1] > 0 else -1, :: 1 if along_columns[0] > 0 else -1]
+
+
+def standard_corner(one: Slice) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Where `standard_axial` puts a slice: directions of growing column and row index, and the first pixel in mm."""
+    along_columns, along_rows = np.reshape(one.orientation, (2, 3))
+    if abs(along_columns[1]) > abs(along_columns[0]):
+        along_columns, along_rows = along_rows, along_columns
+    turn_columns, turn_rows = along_columns[0] < 0, along_rows[1] < 0
+    side = one.spacing * (one.size - 1)
+    corner = np.array(one.corner) + (turn_columns * along_columns + turn_rows * along_rows) * side
+    return along_columns * (-1 if turn_columns else 1), along_rows * (-1 if turn_rows else 1), corner
 
 
 def read_header(path: str) -> list[Slice]:
@@ -291,7 +303,8 @@ def _slice(path, dataset, frame, patient, names):
     orientation = numbers("PlaneOrientationSequence", "ImageOrientationPatient", 6)
     check_axial(orientation)
     normal = np.cross(orientation[:3], orientation[3:])
-    position = np.dot(numbers("PlanePositionSequence", "ImagePositionPatient", 3), normal * np.sign(normal[2]))
+    corner = numbers("PlanePositionSequence", "ImagePositionPatient", 3)
+    position = np.dot(corner, normal * np.sign(normal[2]))
     kernel = _find(dataset, frame, "CTReconstructionSequence", "ConvolutionKernel") or ""
     kernel = kernel if isinstance(kernel, str) else "/".join(map(str, kernel))
     return Slice(
@@ -309,6 +322,7 @@ def _slice(path, dataset, frame, patient, names):
         slope=slope,
         intercept=intercept,
         orientation=tuple(orientation),
+        corner=tuple(corner),
     )
 
 

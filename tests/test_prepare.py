@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,8 @@ from PIL import Image
 from pydicom.uid import DeflatedExplicitVRLittleEndian, ExplicitVRLittleEndian, ImplicitVRLittleEndian, RLELossless
 
 from datasets import dicom, inspect, preprocess_aapm
-from datasets.prepare import convert, main, parallel, resize_hu, scan, split_patients
+from datasets.formats import resize_hu, scan
+from datasets.prepare import convert, main, parallel, split_patients, time_limit
 from datasets.slices import patient_of
 
 ROOT = Path(__file__).parent.parent
@@ -337,6 +339,19 @@ def _die(number):
 
 def test_a_process_that_dies_costs_its_own_task_only():
     assert parallel(_die, list(range(8)), 2, "dying") == [0, 1, 2, None, 4, 5, 6, 7]
+
+
+def _hang(number):
+    with time_limit(1):
+        while number == 3:
+            time.sleep(60)
+    return number
+
+
+def test_a_process_that_hangs_costs_its_own_task_only():
+    start = time.monotonic()
+    assert parallel(_hang, list(range(5)), 1, "hanging") == [0, 1, 2, None, 4]
+    assert time.monotonic() - start < 50
 
 
 def test_a_slice_that_fails_to_decode_is_named_and_the_others_are_written(tmp_path):

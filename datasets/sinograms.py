@@ -1,0 +1,161 @@
+"""Measured sinograms from files: `.npy`, `.h5` and DICOM-CT-PD, the projection format of TCIA's LDCT collection.
+
+All hold line integrals, -ln(I/I0). An array is (views, bins), or (N, views, bins) for a volume, feet to head. A
+DICOM-CT-PD folder holds one file a view; these tags describe the scanner (Chen et al., Med. Phys. 42, 2015, and the
+collection's manual; FL are little-endian float32, lengths in mm, angles in radians):
+
+    (7029,1002) DetectorElementTransverseSpacing, along the arc     (7029,1010) NumberofDetectorRows
+    (7029,100B) DetectorShape, CYLINDRICAL or FLAT                  (7029,1011) NumberofDetectorColumns
+    (7031,1001) DetectorFocalCenterAngularPosition, 0 at 12 o'clock, clockwise as displayed
+    (7031,1002) DetectorFocalCenterAxialPosition                    (7031,1003) DetectorFocalCenterRadialDistance
+    (7031,1031) ConstantRadialDistance, source to detector          (7031,1033) DetectorCentralElement, from 1
+    (7033,100B) and (7033,100D) shifts of a flying focal spot       (7041,1001) WaterAttenuationCoefficient, 1/mm
+    InstanceNumber orders the views; RescaleSlope and RescaleIntercept turn pixels into line integrals;
+    DataCollectionDiameter, where there is one, is the field of view.
+
+One rotation of one detector row is read; a spiral or several rows (a cone) must be rebinned to that first, and a
+flying focal spot is refused.
+"""
+
+import math
+import struct
+from pathlib import Path
+
+import numpy as np
+import pydicom
+
+from datasets.dicom import Refused, guarded
+
+FIELDS = {
+    "pitch": 0x70291002, "shape": 0x7029100B, "rows": 0x70291010, "columns": 0x70291011, "angle": 0x70311001,
+    "z": 0x70311002, "source": 0x70311003, "span": 0x70311031, "centre": 0x70311033, "water": 0x70411001,
+    "shift_angle": 0x7033100B, "shift_radius": 0x7033100D,
+}
+OPTIONAL = ("water", "shift_angle", "shift_radius", "z")
+
+
+def is_projections(path: Path) -> bool:
+    """Whether a file, or the first DICOM file of a folder, is a view in the DICOM-CT-PD format."""
+    for file in sorted(path.iterdir()) if path.is_dir() else [path]:
+        if file.is_file() and pydicom.misc.is_dicom(file):
+            try:
+                return FIELDS["columns"] in _header(file)
+            except Refused:
+                continue
+    return False
+
+
+def read_sinograms(path: Path, dataset: str | None = None):
+    """(line integrals, geometry fields the file itself tells) of a `.npy` or `.h5` file, or of a DICOM-CT-PD folder.
+
+    The first is indexed by slice and reads from the disk then: shape (N, views, bins). dataset: which one of an HDF5
+    file; its only one of two or three dimensions if None. Raises Refused with the reason.
+    """
+    if path.is_dir() or is_projections(path):
+        return _read_projections(path)
+    if path.suffix.lower() == ".npy":
+        array = guarded(lambda: np.load(path, mmap_mode="r", allow_pickle=False), "is no whole .npy array")
+    elif path.suffix.lower() in (".h5", ".hdf5"):
+        array = guarded(lambda: _open_h5(path, dataset), "is no whole HDF5 file")
+    else:
+        raise Refused("is no sinogram this program reads (.npy, .h5, or a folder of DICOM-CT-PD files)")
+    if array.ndim not in (2, 3) or array.dtype.kind not in "iuf" or 0 in array.shape:
+        raise Refused(f"holds {array.dtype} of shape {array.shape}; expected line integrals, (views, bins) or "
+                      "(N, views, bins)")
+    return array if array.ndim == 3 else array[:][None], {}
+
+
+def _open_h5(path, dataset):
+    import h5py  # only these files need it
+
+    file, found = h5py.File(path, "r"), {}
+    file.visititems(lambda name, item: found.update({name: item}) if isinstance(item, h5py.Dataset) else None)
+    fitting = [name for name, item in found.items() if item.ndim in (2, 3)] if dataset is None else [dataset.strip("/")]
+    if len(fitting) != 1 or fitting[0] not in found:
+        raise Refused(f"holds the arrays {', '.join(sorted(found)) or '(none)'}; name the sinogram by --dataset")
+    return found[fitting[0]]
+
+
+def _header(file):
+    return guarded(lambda: pydicom.dcmread(file, defer_size=1024), "cannot be parsed as DICOM; is it damaged?")
+
+
+def _value(view, name):
+    """A field's value: a number, a tuple of them, or text. Without a dictionary, private tags may come as bytes."""
+    if FIELDS[name] not in view:
+        if name in OPTIONAL:
+            return None
+        raise Refused(f"lacks the tag {pydicom.tag.Tag(FIELDS[name])} of the DICOM-CT-PD format")
+    value = view[FIELDS[name]].value
+    if name == "shape":
+        return (value.decode("ascii", "replace") if isinstance(value, bytes) else str(value)).strip("\0 ").upper()
+    if isinstance(value, bytes) and name in ("rows", "columns"):
+        value = struct.unpack("<H", value)[0]
+    elif isinstance(value, bytes) and name != "water":  # water is a decimal string
+        value = struct.unpack(f"<{len(value) // 4}f", value)
+    elif isinstance(value, bytes):
+        value = value.decode("ascii").strip("\0 ")
+    values = [float(x) for x in (value if isinstance(value, pydicom.multival.MultiValue | tuple | list) else [value])]
+    if not np.isfinite(values).all():
+        raise Refused(f"has {values} in the tag {pydicom.tag.Tag(FIELDS[name])}; expected finite numbers")
+    return values[0] if len(values) == 1 else tuple(values)
+
+
+def _read_view(file):
+    """(instance number, fields, line integrals (columns,), DataCollectionDiameter) of one view."""
+    view = _header(file)
+    fields = {name: _value(view, name) for name in FIELDS}
+    if fields["rows"] != 1:
+        raise Refused(f"has {fields['rows']:.0f} detector rows, a cone beam: rebin the scan to single rows first")
+    row = (view.pixel_array.astype(np.float32) * float(view.RescaleSlope) + float(view.RescaleIntercept)).ravel()
+    if len(row) != fields["columns"]:
+        raise Refused(f"holds {len(row)} pixels for {fields['columns']:.0f} detector columns")
+    return int(view.InstanceNumber), fields, row, float(view.get("DataCollectionDiameter") or 0)
+
+
+def _read_projections(path):
+    """((1, views, bins) float32, geometry fields) of a folder of DICOM-CT-PD files; a file beside them is left out."""
+    views = []
+    for file in sorted(path.iterdir()) if path.is_dir() else [path]:
+        if file.is_file() and pydicom.misc.is_dicom(file):
+            try:
+                views.append(guarded(lambda f=file: _read_view(f), "cannot be read as a DICOM-CT-PD view"))
+            except Refused as error:  # a missing view would leave a gap that nobody sees: refuse the scan
+                raise Refused(f"cannot be used: {file.name} {error}") from None
+    if not views:
+        raise Refused("holds no DICOM-CT-PD files")
+    views.sort(key=lambda view: view[0])
+    numbers, fields, rows, (diameter, *_) = zip(*views, strict=True)
+    if len(set(numbers)) < len(numbers):
+        raise Refused("holds two views of one InstanceNumber: keep one scan in a folder")
+    first = fields[0]
+    for key in ("pitch", "shape", "columns", "source", "span", "centre", "water"):
+        if any(field[key] != first[key] for field in fields):
+            raise Refused(f"holds views of different scans: the tag {pydicom.tag.Tag(FIELDS[key])} changes")
+    heights = [field["z"] or 0.0 for field in fields]
+    if max(heights) - min(heights) > 0.05:
+        raise Refused(f"is a spiral scan: the source moves {max(heights) - min(heights):.1f} mm along the patient; "
+                      "rebin it to one rotation a slice first")
+    if any(field["shift_angle"] or field["shift_radius"] for field in fields):
+        raise Refused("was measured with a flying focal spot, which is not supported: rebin it first")
+    shapes = {"FLAT": "flat", "CYLINDRICAL": "curved"}
+    if first["shape"] not in shapes:
+        raise Refused("has a detector that is neither FLAT nor CYLINDRICAL")
+    centre = first["centre"][0] if isinstance(first["centre"], tuple) else first["centre"]
+    count = int(first["columns"])
+    geometry = {
+        "angles": [math.degrees(field["angle"]) for field in fields],
+        "angle_offset": 180.0,
+        "direction": "cw",
+        "detector_count": count,
+        "detector_pitch_mm": first["pitch"],
+        "detector_shape": shapes[first["shape"]],
+        "detector_offset_mm": ((count + 1) / 2 - centre) * first["pitch"],
+        "source_distance_mm": first["source"],
+        "detector_distance_mm": first["span"] - first["source"],
+    }
+    if diameter:
+        geometry["field_of_view_mm"] = diameter
+    if first["water"]:
+        geometry["water_per_cm"] = 10 * first["water"]
+    return np.stack(rows)[None], geometry

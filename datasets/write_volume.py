@@ -1,0 +1,161 @@
+"""Reconstructed volumes to files: a DICOM series beside the original, NIfTI, or one `.npy` array.
+
+Slices are HU in the standard axial orientation (columns to the patient's left, rows to the back), feet first.
+"""
+
+import gzip
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pydicom
+from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian, generate_uid
+
+from datasets.dicom import Slice, guarded, pseudonym, standard_corner
+from utils.files import atomic
+
+# What a series shares with the original, attribute by attribute: anything else, private tags too, stays behind.
+PATIENT = ("PatientName", "PatientID", "PatientBirthDate")
+STUDY = ("StudyInstanceUID", "StudyDate", "StudyTime", "AccessionNumber", "ReferringPhysicianName", "StudyID",
+         "StudyDescription", "InstitutionName")
+SCAN = ("PatientSex", "PatientAge", "PatientPosition", "BodyPartExamined", "KVP", "SliceThickness", "AcquisitionNumber",
+        "PositionReferenceIndicator", "LossyImageCompression", "LossyImageCompressionRatio",
+        "LossyImageCompressionMethod")
+EMPTY = ("PatientName", "PatientID", "PatientBirthDate", "PatientSex", "StudyDate", "StudyTime", "AccessionNumber",
+         "ReferringPhysicianName", "StudyID", "PositionReferenceIndicator", "SliceThickness", "KVP",
+         "AcquisitionNumber")  # DICOM wants them there, even without a value (type 2)
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a slice lies: DICOM's axes, which run to the patient's left, back and head."""
+
+    corner: tuple[float, float, float]                   # mm, centre of the first pixel
+    spacing: float                                       # mm between pixel centres
+    columns: tuple[float, float, float] = (1.0, 0.0, 0.0)  # direction of growing column index
+    rows: tuple[float, float, float] = (0.0, 1.0, 0.0)     # direction of growing row index
+
+
+def place_of(one: Slice, size: int, index: int, spacing: float | None = None) -> Place:
+    """Place of a slice resized to `size` pixels about its middle; over its own field of view if no spacing is given.
+
+    One that does not say where it lies is centred on the axis, 360 mm wide unless it tells its spacing, 1 mm a slice.
+    """
+    before = one.spacing or 360 / one.size
+    spacing = spacing or before * one.size / size
+    if one.corner is None:
+        return centred(spacing, size, float(index) if one.position is None else one.position)
+    columns, rows, corner = standard_corner(one)
+    corner = corner + (columns + rows) * (before * (one.size - 1) - spacing * (size - 1)) / 2
+    return Place(tuple(corner.tolist()), spacing, tuple(columns.tolist()), tuple(rows.tolist()))
+
+
+def centred(spacing: float, size: int, z: float) -> Place:
+    """A slice with its middle on the axis, z mm above the origin."""
+    return Place((spacing * (1 - size) / 2, spacing * (1 - size) / 2, z), spacing)
+
+
+def write_npy(path: Path, slices: Iterator[np.ndarray], places: list[Place], size: int) -> None:
+    """(N, size, size) int16 HU."""
+    with atomic(path) as partial:
+        volume = np.lib.format.open_memmap(partial, "w+", np.int16, (len(places), size, size))
+        for index, hu in enumerate(slices):
+            volume[index] = hu
+        volume.flush()
+
+
+def write_nifti(path: Path, slices: Iterator[np.ndarray], places: list[Place], size: int) -> None:
+    """One gzipped NIfTI-1 file, slice by slice. Slices step evenly from the first place to the last."""
+    import nibabel  # only this output needs it, and it is slow to import
+
+    first, last = places[0], places[-1]
+    normal = np.cross(first.columns, first.rows)
+    step = np.subtract(last.corner, first.corner) / (len(places) - 1) if len(places) > 1 else normal
+    affine = np.eye(4)
+    affine[:3] = np.column_stack([np.multiply(first.columns, first.spacing), np.multiply(first.rows, first.spacing),
+                                  step, first.corner])
+    header = nibabel.Nifti1Header()
+    header.set_data_dtype(np.int16)
+    header.set_data_shape((size, size, len(places)))
+    affine = np.diag([-1, -1, 1, 1]) @ affine  # NIfTI's axes run right, front, head
+    header.set_qform(affine, "scanner")
+    header.set_sform(affine, "scanner")
+    header.set_slope_inter(1, 0)
+    header.set_xyzt_units("mm")
+    header.set_data_offset(352)
+    with atomic(path) as partial, gzip.open(partial, "wb", compresslevel=4) as file:
+        file.write(header.binaryblock + bytes(4))  # four zeros: no extensions
+        for hu in slices:  # the first axis, columns, varies fastest in a NIfTI file: as in memory
+            file.write(hu.astype(np.int16).tobytes())
+
+
+def series_header(about: str, series_uid: str, original: pydicom.Dataset | None, patient: str,
+                  deidentify: bool) -> pydicom.Dataset:
+    """What all files of a new series share. `about`: how it was made; `patient`: a pseudonym.
+
+    With an original, the series belongs to its patient, study and frame of reference. With `deidentify` the pseudonym
+    takes the place of name and ID, dates and all else in PATIENT and STUDY are dropped, and UIDs become hashes.
+    """
+    header = pydicom.Dataset()
+    header.update({name: "" for name in EMPTY})
+    if original is not None:
+        for name in SCAN if deidentify else PATIENT + STUDY + SCAN:
+            if name in original and original[name].VR != "SQ":
+                setattr(header, name, original[name].value)
+    uids = {name: original.get(name) if original is not None else None
+            for name in ("StudyInstanceUID", "FrameOfReferenceUID")}
+    for name, uid in uids.items():
+        new = generate_uid(entropy_srcs=[series_uid if uid is None else uid, name])
+        setattr(header, name, new if uid is None or deidentify else uid)
+    if deidentify or original is None:
+        header.PatientName, header.PatientID = f"{patient}^", patient
+    if deidentify:
+        header.PatientIdentityRemoved = "YES"
+        header.DeidentificationMethod = "Only scan attributes kept, UIDs hashed"
+    header.SpecificCharacterSet = "ISO_IR 192"
+    header.SOPClassUID, header.Modality = CTImageStorage, "CT"
+    header.ImageType = ["DERIVED", "SECONDARY", "AXIAL"]
+    header.SeriesInstanceUID = series_uid
+    header.SeriesNumber = 1000 + int((original.get("SeriesNumber") if original is not None else 0) or 0)
+    header.SeriesDescription = about.partition(";")[0][:64]
+    header.DerivationDescription = about[:1024]
+    header.Manufacturer = "CvG-Diff"
+    header.setdefault("PatientPosition", "HFS")
+    if "BodyPartExamined" not in header:
+        header.Laterality = ""  # wanted, without a value, where nothing says that the part is not one of a pair
+    header.SamplesPerPixel, header.PhotometricInterpretation = 1, "MONOCHROME2"
+    header.BitsAllocated, header.BitsStored, header.HighBit, header.PixelRepresentation = 16, 12, 11, 0
+    header.RescaleSlope, header.RescaleIntercept, header.RescaleType = 1, -1024, "HU"
+    header.WindowCenter, header.WindowWidth = 50, 500
+    return header
+
+
+def write_dicom(path: Path, header: pydicom.Dataset, hu: np.ndarray, place: Place, index: int) -> None:
+    """One slice, (size, size) int16 HU in [-1024, 3071], of the series that `header` describes."""
+    def number(value):
+        return f"{value:.10g}"  # a decimal string holds 16 characters
+
+    file = pydicom.Dataset(header)
+    file.SOPInstanceUID = generate_uid(entropy_srcs=[header.SeriesInstanceUID, str(index)])
+    file.InstanceNumber = index + 1
+    file.Rows, file.Columns = hu.shape
+    file.PixelSpacing = [number(place.spacing)] * 2
+    file.ImagePositionPatient = [number(value) for value in place.corner]
+    file.ImageOrientationPatient = [number(value) for value in (*place.columns, *place.rows)]
+    file.PixelData = (hu + 1024).astype("<u2").tobytes()
+    file["PixelData"].VR = "OW"
+    file.file_meta = pydicom.dataset.FileMetaDataset()
+    file.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian
+    with atomic(path) as partial, pydicom.config.disable_value_validation():
+        file.save_as(partial, enforce_file_format=True)
+
+
+def read_original(path: str) -> pydicom.Dataset:
+    """The attributes of an original DICOM file, without its pixels. Raises Refused."""
+    return guarded(lambda: pydicom.dcmread(path, stop_before_pixels=True, force=True), "cannot be parsed as DICOM")
+
+
+def anonymous(one: Slice) -> str:
+    """The pseudonym of a slice's patient."""
+    return pseudonym(one.patient or one.path, "patient", keep=False)
