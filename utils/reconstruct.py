@@ -74,7 +74,7 @@ def parse(argv=None):
     parser.add_argument("--out", metavar="OUT", type=Path, required=True)
     parser.add_argument("--views", type=int, help="views to simulate, or to use of those measured (default: all)")
     parser.add_argument("--method", choices=["fbp", *SAMPLERS], default="spdps")
-    parser.add_argument("--checkpoint", default="tiny", help="as test.py --checkpoint takes it; default: the shipped one")
+    parser.add_argument("--checkpoint", default="tiny", help="as of test.py (default: the shipped one)")
     parser.add_argument("--dc", type=int, help="iterations of data consistency after every network call; without it, "
                         "as many as the checkpoint was trained with")
     parser.add_argument("--geometry", type=Path, help="the scanner of a measured sinogram, JSON or YAML")
