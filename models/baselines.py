@@ -9,7 +9,7 @@ from torch_radon import RadonFanbeam
 
 from models.degradation import equal_angles, projector
 
-TV_WEIGHT = 0.003  # chosen on validation slices, see README
+TV_WEIGHT = 0.001  # chosen on validation slices, see README
 
 
 def fbp(degrade, y, size):
