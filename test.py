@@ -18,8 +18,8 @@ from tqdm import tqdm
 
 from datasets.slices import find_slices, fingerprint, patients_of, read_slices
 from models.baselines import BASELINES, TV_WEIGHT, sirt
-from models.checkpoint import denoiser, find_checkpoint, load_checkpoint, trained_dc
-from models.consistency import data_consistency
+from models.checkpoint import default_dc, denoiser, find_checkpoint, load_checkpoint
+from models.consistency import ITERATIONS, data_consistency
 from models.degradation import FULL_VIEWS, Degradation, levels_for
 from models.samplers import SAMPLERS
 from utils import distributed, figures
@@ -51,12 +51,12 @@ def parse(argv=None):
     parser.add_argument("--checkpoint", default="tiny", help="a .safetensors file, a published CvG-Diff .pkl, "
                         "hf://owner/repository/file, or a known name: tiny (shipped), cvg-diff (published)")
     parser.add_argument("--views", type=int, nargs="+", default=[18, 36, 72])
-    parser.add_argument("--methods", nargs="+", choices=METHODS, default=["fbp", "one-step", "spdps"])
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=["fbp", "one-step", "sequential", "spdps"])
     parser.add_argument("--windows", type=window, nargs="+", default=WINDOWS, metavar="WIDTH,CENTRE",
                         help="HU windows of the metrics, the headline first (default 3000,500 500,50 2000,0)")
     parser.add_argument("--start", type=float, default=0.0, help="angle of the first view, radians")
-    parser.add_argument("--dc", type=int, help="iterations of data consistency after every network call; without it, "
-                        "as many as the checkpoint was trained with; 0 gives the published samplers")
+    parser.add_argument("--dc", type=int, help="iterations of data consistency after every network call; 0 gives the "
+                        f"published samplers (default: {ITERATIONS}, and 0 for weights that were trained without)")
     parser.add_argument("--semantic-budget", type=int, help="spdps: n (default 2 below 72 views, 1 from there on)")
     parser.add_argument("--refine-steps", type=int, default=4, help="spdps: m, network calls of the detail phase")
     parser.add_argument("--tau", type=float, default=0.97, help="spdps: SSIM at which anatomy counts as settled")
@@ -207,7 +207,7 @@ def main(argv=None):
         files = [files[i] for i in spread]
     files, hu = read_slices(files, network.config.multiple, args.strict)
     names, patients = [f.name for f in files], patients_of(files)
-    iterations = trained_dc(header) if args.dc is None else args.dc
+    iterations = default_dc(header) if args.dc is None else args.dc
     official = (args.protocol or header.get("protocol")) == "cvg-official"
     options = {"spdps": {"semantic_budget": args.semantic_budget, "refine_steps": args.refine_steps, "tau": args.tau},
                "tv": {"weight": args.tv_weight}}

@@ -4,6 +4,7 @@ published: one slice at a time in fp32; D has an extra full-view pass and is com
 operators built anew. Our kernels project in both, so the ratio is that of the procedure, not of torch-radon.
 ours: protocol cvg-official in batches, the full-view pass once a step, levels merged, operators kept.
 paper's D: the same without the full-view pass (protocol cvg), against the same truth.
+Weights that were trained with data consistency get it in all rows.
 """
 
 import argparse
@@ -17,7 +18,8 @@ from torch_radon import RadonFanbeam
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from datasets.slices import find_slices, read_slices  # noqa: E402
-from models.checkpoint import denoiser, find_checkpoint, load_checkpoint  # noqa: E402
+from models.checkpoint import default_dc, denoiser, find_checkpoint, load_checkpoint  # noqa: E402
+from models.consistency import data_consistency  # noqa: E402
 from models.degradation import FULL_VIEWS, Degradation, equal_angles, levels_for, projector  # noqa: E402
 from models.samplers import spdps  # noqa: E402
 from utils.device import check_device, default_device  # noqa: E402
@@ -28,9 +30,8 @@ from utils.units import WINDOWS, hu_to_mu  # noqa: E402
 class Published:
     """D as the published code computes it: D'(x, n) = D(D(x, 720), n), every operator built for its one use."""
 
-    @staticmethod
-    def degrade(x, n_views):
-        for n in (FULL_VIEWS, n_views):
+    def __call__(self, x, n_views):
+        for n in (FULL_VIEWS, n_views[0]):
             g = projector(x.shape[-1], equal_angles(n)).geometry
             operator = RadonFanbeam(x.shape[-1], equal_angles(n), g.source_distance, g.det_distance, g.det_count,
                                     g.det_spacing)
@@ -38,20 +39,25 @@ class Published:
         return x
 
     def shift(self, x_t, x0_hat, n_t, n_s):
-        return x_t - self.degrade(x0_hat, n_t[0]) + self.degrade(x0_hat, n_s[0])
+        return x_t - self(x0_hat, n_t) + self(x0_hat, n_s)
 
 
 @torch.no_grad()
-def sample(denoise, degrade, x_T, n_views: int, batch: int) -> tuple[torch.Tensor, float, float]:
+def sample(denoise, degrade, y, size: int, n_views: int, batch: int, iterations: int):
     """Reconstructions, seconds a slice and calls a slice of SPDPS; the first batch warms up and is done again."""
-    synchronise = torch.cuda.synchronize if x_T.is_cuda else (lambda: None)
-    chain = lambda x: spdps(denoise, degrade, x, levels_for(n_views))  # noqa: E731
-    chain(x_T[:batch])
+    synchronise = torch.cuda.synchronize if y[0].is_cuda else (lambda: None)
+
+    def chain(first):
+        part = y[first:first + batch]
+        dc = data_consistency(Degradation(), part, iterations)
+        return spdps(denoise, degrade, Degradation().fbp(part, size), levels_for(n_views), dc=dc)
+
+    chain(0)
     synchronise()
     start = time.perf_counter()
-    results = [chain(x) for x in x_T.split(batch)]
+    results = [chain(first) for first in range(0, len(y), batch)]
     synchronise()
-    seconds = (time.perf_counter() - start) / len(x_T)
+    seconds = (time.perf_counter() - start) / len(y)
     images, calls = zip(*results, strict=True)
     return torch.cat(images), seconds, float(np.mean(sum(calls, [])))
 
@@ -69,6 +75,7 @@ def main():
     check_device(args.device)
 
     network, header = load_checkpoint(find_checkpoint(args.checkpoint), args.device)
+    iterations = default_dc(header)
     files = find_slices(args.data, "test")
     spread = np.linspace(0, len(files) - 1, min(args.slices, len(files))).round().astype(int)
     _, hu = read_slices([files[i] for i in spread], network.config.multiple)
@@ -85,7 +92,8 @@ def main():
             rows["ours, bf16"] = (denoiser(network, clip=False, precision="bf16"), official, official, args.batch)
         first = None
         for name, (denoise, degrade, measurement, batch) in rows.items():
-            images, seconds, calls = sample(denoise, degrade, measurement(x0, n), n, batch)
+            y = measurement.project(x0, [n] * len(x0))
+            images, seconds, calls = sample(denoise, degrade, y, x0.shape[-1], n, batch, iterations)
             psnr = measure(images, x0, *WINDOWS[0])["psnr"].mean().item()
             first = first or (seconds, psnr)
             print(f"| {n} | {name} | {seconds:.3f} | {first[0] / seconds:.2f} | {calls:.1f} | {psnr:.3f} | "

@@ -12,6 +12,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from models.consistency import ITERATIONS
 from models.degradation import FULL_VIEWS, LEVELS, level_of
 from models.unet import UNet, UNetConfig
 from utils.files import atomic
@@ -142,9 +143,9 @@ def load_checkpoint(path: str | Path, device: str = "cpu") -> tuple[UNet, dict]:
     return network.eval().to(device), header
 
 
-def trained_dc(header: dict) -> int:
-    """Iterations of data consistency that a checkpoint's chain was trained with; 0 for one that never saw any."""
-    return header.get("training", {}).get("preset", {}).get("dc", 0)
+def default_dc(header: dict) -> int:
+    """Iterations of data consistency for a checkpoint: those chosen on validation slices, 0 where training had none."""
+    return ITERATIONS if header.get("training", {}).get("preset", {}).get("dc", 0) else 0
 
 
 def denoiser(network: UNet, clip: bool = True, precision: str = "fp32"):

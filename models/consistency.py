@@ -6,6 +6,9 @@ from torch_radon.solvers import cgne
 from models.degradation import Degradation, equal_angles, projector
 from utils.units import pixel_cm
 
+# When sampling. On validation slices 8 lose 0.2 / 0.4 / 0.7 dB at 18 / 36 / 72 views and 32 gain 0.1 / 0.2 / 0.2.
+ITERATIONS = 16
+
 
 def data_consistency(degrade: Degradation, y: list[torch.Tensor], iterations: int, photons: float | None = None):
     """dc(x0_hat, slices): `iterations` of CG on min |P_n x - y|^2 from the estimates x0_hat (B, 1, H, W) of `slices`.

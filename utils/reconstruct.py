@@ -38,8 +38,8 @@ from datasets.write_volume import (
     write_nifti,
     write_npy,
 )
-from models.checkpoint import denoiser, find_checkpoint, load_checkpoint, trained_dc
-from models.consistency import data_consistency
+from models.checkpoint import default_dc, denoiser, find_checkpoint, load_checkpoint
+from models.consistency import ITERATIONS, data_consistency
 from models.degradation import FULL_VIEWS, Degradation, levels_for
 from models.measured import MeasuredDegradation, measured_consistency
 from models.samplers import SAMPLERS
@@ -75,8 +75,8 @@ def parse(argv=None):
     parser.add_argument("--views", type=int, help="views to simulate, or to use of those measured (default: all)")
     parser.add_argument("--method", choices=["fbp", *SAMPLERS], default="spdps")
     parser.add_argument("--checkpoint", default="tiny", help="as of test.py (default: the shipped one)")
-    parser.add_argument("--dc", type=int, help="iterations of data consistency after every network call; without it, "
-                        "as many as the checkpoint was trained with")
+    parser.add_argument("--dc", type=int, help="iterations of data consistency after every network call; default: "
+                        f"{ITERATIONS}, and 0 for weights that were trained without")
     parser.add_argument("--geometry", type=Path, help="the scanner of a measured sinogram, JSON or YAML")
     parser.add_argument("--dataset", help="which array of an HDF5 file")
     parser.add_argument("--series", type=int, help="which of several series, from 1")
@@ -283,7 +283,7 @@ def main(argv=None) -> int:
     if args.method != "fbp":
         checkpoint = find_checkpoint(args.checkpoint)
         network, header = load_checkpoint(checkpoint, args.device)
-        denoise, iterations = denoiser(network), trained_dc(header) if args.dc is None else args.dc
+        denoise, iterations = denoiser(network), default_dc(header) if args.dc is None else args.dc
         weights, multiple = hashlib.sha256(checkpoint.read_bytes()).hexdigest()[:16], network.config.multiple
     is_measured = args.geometry is not None or is_projections(args.input)
     job = (measured if is_measured else simulated)(args, denoise, iterations)
