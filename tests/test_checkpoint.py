@@ -58,7 +58,7 @@ def test_a_hostile_pickle_runs_nothing(form, tmp_path):
     path, marker = tmp_path / "net.pkl", tmp_path / "marker"
     content = {"net_param": {"denoise_fn.conv_in.weight": Hostile(marker)}, "epoch": 0}
     if form == "pickle":
-        path.write_bytes(pickle.dumps(content))
+        path.write_bytes(pickle.dumps(content, protocol=2))
     else:
         torch.save(content, path, _use_new_zipfile_serialization=form == "zip")
     with pytest.raises(SystemExit, match="nothing in it was run"):
@@ -89,7 +89,7 @@ def test_weights_that_do_not_fit_are_named(tmp_path):
 
 @pytest.mark.parametrize(("content", "sentence"), [
     (b"", "not a whole PyTorch file"), (b"PK\x03\x04 cut short", "not a whole PyTorch file"),
-    (b"just text", "no PyTorch file"), ([1, 2], "no weights under net_param"),
+    (b"just text", "not a whole PyTorch file"), ([1, 2], "no weights under net_param"),
     ({"net_param": {"a": 1}}, "no weights under net_param")])
 def test_other_files_get_a_sentence(content, sentence, tmp_path):
     path = tmp_path / "net.pkl"

