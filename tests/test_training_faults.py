@@ -81,8 +81,9 @@ def test_a_signal_saves_and_the_same_command_goes_on(data, tmp_path, go):
     """SIGTERM, as pre-emption sends it: exit code 143, then bit-identical to the run that was left alone."""
     command = [sys.executable, "train.py", *map(str, FAST), "--data", str(data), "--save-every", "1000", "--out"]
     out = tmp_path / "stopped"
+    threads = {"OMP_NUM_THREADS": str(torch.get_num_threads())}  # as here: their number decides the last bits
     process = subprocess.Popen([*command, str(out)], cwd=ROOT, text=True, stdout=subprocess.PIPE,
-                               stderr=subprocess.DEVNULL, env={**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())})
+                               stderr=subprocess.DEVNULL, env={**os.environ, **threads})
     while process.poll() is None and not list(out.glob("events.out.tfevents*")):
         time.sleep(0.02)
     time.sleep(0.3)
