@@ -185,7 +185,7 @@ def write_tables(done, patients, run, args) -> list[dict]:
     if len(args.methods) > 1:
         write_csv(args.out / "comparisons.csv", compare(done, args.methods, args.views))
     noise = f", {args.photons:g} photons a ray" if args.photons else ""
-    notes = [f"{len(patients)} slices of {len(set(patients))} patients, protocol {run['protocol']}, {run['dc']} "
+    notes = [f"{len(patients)} slices, {len(set(patients))} patient(s), protocol {run['protocol']}, {run['dc']} "
              f"iterations of data consistency a call{noise}."]
     if "tv" in args.methods:
         chosen = ", chosen on validation slices" if args.tv_weight == TV_WEIGHT else ""
