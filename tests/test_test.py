@@ -48,7 +48,7 @@ def test_tables_agree_with_the_metrics(data, checkpoint, tmp_path):
     assert (out / "table.md").read_text().strip() in text
     assert {row["patient"] for row in csv.DictReader((out / "results.csv").open())} == {"D", "E"}
     pairs = list(csv.DictReader((out / "comparisons.csv").open()))
-    assert len(pairs) == 2 * 3 and all(float(row["p_holm"]) >= float(row["p_wilcoxon"]) for row in pairs)
+    assert len(pairs) == 2 * 6 and all(float(row["p_holm"]) >= float(row["p_wilcoxon"]) for row in pairs)
 
 
 def timeless(path):
