@@ -66,7 +66,7 @@ def test_a_hostile_pickle_runs_nothing(form, tmp_path):
         load_checkpoint(path)
     assert not marker.exists()
     if form == "pickle":
-        assert "REDUCE" in {code.name for code, *_ in pickletools.genops(path.read_bytes())}, "the case would call mkdir"
+        assert "REDUCE" in {code.name for code, *_ in pickletools.genops(path.read_bytes())}, "it would call mkdir"
 
 
 def test_weights_that_do_not_fit_are_named(tmp_path):
