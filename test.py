@@ -8,6 +8,7 @@ import argparse
 import hashlib
 import json
 import math
+import sys
 import time
 from pathlib import Path
 
@@ -201,6 +202,9 @@ def main(argv=None):
     args = parse(argv)
     checkpoint = find_checkpoint(args.checkpoint)
     network, header = load_checkpoint(checkpoint)
+    if "reco" in args.methods and network.config.channels < 2:
+        sys.exit(f"--methods reco needs a network with a residual channel, and {checkpoint.name} has none; train one "
+                 "with channels 2, or leave reco out.")
     files = find_slices(args.data, "test")
     if args.limit:
         spread = np.linspace(0, len(files) - 1, min(args.limit, len(files))).round().astype(int)

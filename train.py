@@ -23,10 +23,10 @@ from models.checkpoint import load_checkpoint, save_checkpoint
 from models.cost import cost, describe
 from models.degradation import FULL_VIEWS, LEVELS, Degradation
 from models.dropout import seed_dropout
-from models.epct import begin, conditioning, hop, loss, views_of
+from models.epct import begin, hop, loss, network_input, views_of
 from models.presets import COMPUTATION, PRESETS, Preset
 from models.samplers import SAMPLERS
-from models.schedule import budget, forward_calls, learning_rate, steps_of, update_ema, validation_due
+from models.schedule import budget, forward_calls, inputs_of, learning_rate, update_ema, validation_due
 from models.unet import UNet
 from models.validation import validate
 from utils import distributed, state
@@ -35,8 +35,8 @@ from utils.nonfinite import NonFinite
 from utils.scalars import Scalars, Step
 
 CHOICES = {"optimizer": ("adam", "adamw"), "schedule": ("step", "cosine"), "precision": ("fp32", "bf16", "fp64"),
-           "publish": ("raw", "ema"), "update": ("shift", "naive"), "loss": ("mse", "rmse"),
-           "rollout": ("ema", "own"), "val_sampler": tuple(SAMPLERS)}
+           "publish": ("raw", "ema"), "update": ("shift", "naive"), "loss": ("mse", "rmse", "charbonnier", "spectral"),
+           "conditioning": ("level", "log-views"), "rollout": ("ema", "own"), "val_sampler": tuple(SAMPLERS)}
 
 
 def parse(argv=None):
@@ -192,31 +192,36 @@ def main(argv=None):
         for (first, last), parts, weight in ahead(load, spans):
             degrade = Degradation(start_angle(first, args.seed, preset.starts))
             chains = [begin(part, degrade, preset, args.seed, device) for part in parts]
-            for number in range(steps_of(preset, step)):
-                optimizer.zero_grad(set_to_none=True)
+            inputs, taken = inputs_of(preset, step), []
+            for number in range(inputs):
+                whole = number + 1 == inputs or not preset.combined  # whether an optimizer step follows this input
+                if not taken:
+                    optimizer.zero_grad(set_to_none=True)
                 for chain in chains:
                     if number > 0:
                         if preset.rollout == "ema":
                             seed_dropout(ema, [(args.seed, step, i, 1) for i in chain.part.indices])
                             with torch.no_grad(), autocast:
-                                chain.x0_hat = average(chain.x_t, conditioning(chain.t, chain.x_t))
+                                chain.x0_hat = average(*network_input(chain, average, preset))
                         hop(chain, number, preset)
                     seed_dropout(network, [(args.seed, step, i, 0) for i in chain.part.indices])
-                    with distributed.exchange(model, last=chain is chains[-1]):
+                    with distributed.exchange(model, last=whole and chain is chains[-1]):
                         with autocast:
-                            x0_hat = model(chain.x_t, conditioning(chain.t, chain.x_t))
-                            chain.losses = loss(x0_hat, chain.x0, preset.loss, preset.scale)
-                        (chain.losses.sum() * weight).backward()
-                    chain.x0_hat, chain.losses = x0_hat.detach(), chain.losses.detach()
+                            x0_hat = model(*network_input(chain, model, preset))
+                            losses = loss(x0_hat, chain.x0, preset.loss, preset.scale)
+                        (losses.sum() * weight / (inputs if preset.combined else 1)).backward()
+                    chain.x0_hat = x0_hat.detach()
+                    taken.append(([number] * len(losses), chain.part.slices, views_of(chain.t), losses.detach()))
+                if not whole:
+                    continue
                 lr = learning_rate(preset, step, steps, first // count)
                 norm, bad = optimize(optimizer, network, preset.clip, lr)
                 step += 1
                 update_ema(ema, network, step, preset)
-                taken = Step(number, [i for c in chains for i in c.part.slices],
-                             [n for c in chains for n in views_of(c.t)],
-                             torch.cat([c.losses for c in chains]), norm, bad)
-                watch.record(taken)
-                scalars.record(taken)
+                *which, losses = zip(*taken, strict=True)
+                done, taken = Step(*(sum(part, []) for part in which), torch.cat(losses), norm, bad), []
+                watch.record(done)
+                scalars.record(done)
 
             before, seen = seen, last
             bar.update(last - first)
@@ -226,7 +231,7 @@ def main(argv=None):
                 values = scalars.flush(seen, lr, watch.total)
                 shown = {k: f"{values[k]:.2e}" for k in ("loss/restore", "lr") if k in values} | psnr
                 if top:
-                    rate = forward_calls(preset, steps_of(preset, step)) * flops * values["images_per_second"]
+                    rate = forward_calls(preset, inputs_of(preset, step)) * flops * values["images_per_second"]
                     shown["MFU"] = f"{rate / top / processes:.0%}"
                 bar.set_postfix({**shown, "GiB": f"{memory(device):.1f}"}, refresh=False)
             with scalars.paused():

@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from models.consistency import ITERATIONS
-from models.degradation import FULL_VIEWS, LEVELS, level_of
+from models.degradation import FULL_VIEWS, LEVELS, condition
 from models.unet import UNet, UNetConfig
 from utils.files import atomic
 from utils.units import HU_RANGE, hu_to_mu
@@ -70,12 +70,14 @@ def looks_like(state: dict[str, torch.Tensor]) -> UNetConfig | None:
         width, channels = state["conv_in.weight"].shape[:2]
         stages = [max(int(name.split(".")[3]) for name in state if name.startswith(f"down.{i}.block.")) + 1
                   for i in range(1 + max(int(name.split(".")[1]) for name in state if name.startswith("down.")))]
+        stem = math.isqrt(len(state["conv_out.weight"]))
         multipliers = tuple(len(state[f"down.{i}.block.0.norm2.weight"]) // width for i in range(len(stages)))
     except (KeyError, ValueError, IndexError):
         return None
-    if width % 32 or 0 in multipliers:
+    if width % 32 or 0 in (stem, *multipliers):
         return None
-    return UNetConfig(width=width, multipliers=multipliers, blocks=stages[0], stem=math.isqrt(channels))
+    return UNetConfig(width=width, multipliers=multipliers, blocks=stages[0], stem=stem,
+                      channels=channels // stem**2)
 
 
 def _read_safetensors(path: Path) -> tuple[dict[str, torch.Tensor], dict]:
@@ -149,7 +151,7 @@ def default_dc(header: dict) -> int:
 
 
 def denoiser(network: UNet, clip: bool = True, precision: str = "fp32"):
-    """denoise(x_t, views) for the samplers: R(x_t, t) with t the published level nearest to each slice's view count.
+    """denoise(x_t, views) for the samplers: R(x_t, t), t as the network was conditioned on view counts.
 
     clip: keep estimates within what HU can be, [-1024, 3071]. Outside every window's range but for metal, and it keeps
     the errors of a long chain from growing without bound. The published procedure does not. precision: "fp32" or
@@ -160,7 +162,7 @@ def denoiser(network: UNet, clip: bool = True, precision: str = "fp32"):
 
     @torch.no_grad()
     def denoise(x_t, views):
-        t = torch.tensor([level_of(n) for n in views], dtype=torch.float32, device=device)
+        t = torch.tensor([condition(n, network.config.conditioning) for n in views], device=device)
         with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
             x0_hat = network(x_t, t)
         return x0_hat.clamp(lowest, highest) if clip else x0_hat

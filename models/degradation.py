@@ -17,6 +17,12 @@ def level_of(n_views: int) -> int:
     return min(range(len(LEVELS)), key=lambda t: abs(math.log(n_views / LEVELS[t])))
 
 
+def condition(n_views: int, kind: str) -> float:
+    """What tells the network how many views a slice has: t of the nearest published level, or, with "log-views",
+    7 log(288/n)/log(16), which runs from 0 to 7 between the same ends and knows every count apart."""
+    return float(level_of(n_views)) if kind == "level" else 7 * math.log(LEVELS[0] / n_views) / math.log(16)
+
+
 def levels_for(n_views: int) -> tuple[int, ...]:
     """The levels of a chain that starts from a measurement: published ones denser than it, then the measurement."""
     return tuple(n for n in LEVELS if n > n_views) + (n_views,)

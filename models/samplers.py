@@ -1,6 +1,7 @@
 """Samplers: pure functions (denoise, degrade, x_T, levels, callback, dc, options) -> (x0_hat, nfe).
 
-denoise(x_t, views): estimate of x0 from slices (B, 1, H, W) that each hold `views[i]` views' artefacts.
+denoise(x_t, views): estimate of x0 from slices (B, 1, H, W) that each hold `views[i]` views' artefacts; `reco` gives
+it a second channel.
 degrade: a `Degradation`. x_T: FBP of the measurement, mu (B, 1, H, W). levels: view counts, densest first; the last
 is the measurement's. dc(x0_hat, slices), if given, makes the estimates of these slices consistent with their
 measurements after every network call (models/consistency.py). The update from level t to s is the published one,
@@ -56,6 +57,24 @@ def _every_level(denoise, degrade, x_T, levels, callback, dc, naive):
     return x0_hat, [len(levels)] * B
 
 
+def reco(denoise, degrade, x_T, levels, callback=None, dc=None):
+    """ReCo-Diff (arXiv 2603.02691): two calls a level, the second beside what the first leaves unexplained of x_t,
+    tanh(x_t - D(x0_hat, n_t)). Every level, with one restart from the measurement after two; dc after second calls."""
+    x, every = x_T, list(range(len(x_T)))
+    top = len(levels) - 1
+    chain = [top, *range(top - 1, -1, -1)[:1], *reversed(range(top))]
+    for i, t in enumerate(chain):
+        n_t = [levels[t]] * len(x)
+        first = _estimate(denoise, x, n_t, every, None, callback)
+        residual = torch.tanh(x - degrade(first, n_t))
+        x0_hat = _estimate(denoise, torch.cat([x, residual], dim=1), n_t, every, dc, callback)
+        if i + 1 < len(chain):
+            if i == 1:
+                x, n_t = x_T, [levels[top]] * len(x)
+            x = _next(degrade, x, x0_hat, n_t, [levels[chain[i + 1]]] * len(x), naive=dc is not None)
+    return x0_hat, [2 * len(chain)] * len(x)
+
+
 def spdps(denoise, degrade, x_T, levels, callback=None, dc=None, *,
           semantic_budget=None,   # n: passes of the semantic phase; None: 2 below 72 views, 1 from there on
           refine_steps=4,         # m: network calls of the detail phase
@@ -105,4 +124,4 @@ def spdps(denoise, degrade, x_T, levels, callback=None, dc=None, *,
     return out, nfe
 
 
-SAMPLERS = {"one-step": one_step, "sequential": sequential, "naive": naive, "spdps": spdps}
+SAMPLERS = {"one-step": one_step, "sequential": sequential, "naive": naive, "reco": reco, "spdps": spdps}

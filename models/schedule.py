@@ -8,22 +8,30 @@ from datasets.loader import batches
 from models.presets import Preset
 
 
-def steps_of(preset: Preset, step: int) -> int:
-    """Optimizer steps of a batch that starts after `step` of them: one, and one a hop once these have begun."""
+def inputs_of(preset: Preset, step: int) -> int:
+    """Inputs made of each slice of a batch that starts after `step` optimizer steps: x_T, and one a hop once these
+    have begun."""
     return 1 + preset.hops * (step + 1 > preset.epct_start)
 
 
-def forward_calls(preset: Preset, steps: int) -> int:
-    """Cost of a slice's `steps` optimizer steps in forward calls: a backward call costs two, the EMA's call one."""
-    return 3 * steps + (steps - 1) * (preset.rollout == "ema")
+def steps_of(preset: Preset, step: int) -> int:
+    """Optimizer steps of a batch that starts after `step` of them: one an input, or one on all of them."""
+    return 1 if preset.combined else inputs_of(preset, step)
+
+
+def forward_calls(preset: Preset, inputs: int) -> int:
+    """Cost of a slice's `inputs` in forward calls: a backward call costs two, the EMA's estimate and the first pass
+    that fills a residual channel one each."""
+    return 3 * inputs + ((inputs - 1) * (preset.rollout == "ema") + inputs * (preset.channels == 2)
+                         + (inputs - 1) * (preset.rollout == "ema" and preset.channels == 2))
 
 
 def budget(preset: Preset, count: int) -> tuple[int, int, int]:
     """Images and optimizer steps of the whole run on `count` slices, and its cost in forward calls of one slice."""
     images, step, calls = preset.images or preset.epochs * count, 0, 0
     for first, last in batches(count, preset.batch, images):
-        steps = steps_of(preset, step)
-        step, calls = step + steps, calls + (last - first) * forward_calls(preset, steps)
+        calls += (last - first) * forward_calls(preset, inputs_of(preset, step))
+        step += steps_of(preset, step)
     return images, step, calls
 
 

@@ -22,7 +22,9 @@ class UNetConfig:
     residual: bool = False        # predict x0 - x_t instead of x0
     shift: float = 0.0            # the network sees (mu - shift)/scale, 1/cm,
     scale: float = 1.0            # and its output is multiplied by scale
+    channels: int = 1             # 2: a residual beside x_t, which ReCo-Diff feeds; where it is not given it is zero
     zero_init: bool = False       # last layer starts at zero: a residual network starts as the identity
+    conditioning: str = "level"   # level: t is the published level nearest to the view count | log-views: continuous
 
     @property
     def multiple(self) -> int:
@@ -104,7 +106,10 @@ class Upsample(nn.Module):
 
 
 class UNet(nn.Module):
-    """x_t (B, 1, H, W) in mu (1/cm) and t (B,), a level, possibly fractional -> estimate of x0 (B, 1, H, W) in mu."""
+    """x_t (B, 1, H, W) in mu (1/cm) and t (B,), a level, possibly fractional -> estimate of x0 (B, 1, H, W) in mu.
+
+    With config.channels = 2 the input may have a second channel.
+    """
 
     def __init__(self, config: UNetConfig):
         super().__init__()
@@ -113,7 +118,7 @@ class UNet(nn.Module):
         channels = [width * m for m in config.multipliers]
         block = lambda c_in, c_out: ResidualBlock(c_in, c_out, 4 * width, config.dropout)  # noqa: E731
         self.temb = TimeEmbedding(width)
-        self.conv_in = nn.Conv2d(config.stem**2, width, 3, padding=1)
+        self.conv_in = nn.Conv2d(config.channels * config.stem**2, width, 3, padding=1)
         skips, now = [width], width
         self.down = nn.ModuleList()
         for i in range(levels):
@@ -152,8 +157,14 @@ class UNet(nn.Module):
         if any(side % self.config.multiple for side in x_t.shape[-2:]):
             raise ValueError(f"the image is {x_t.shape[-2]} x {x_t.shape[-1]} pixels; this network takes sides "
                              f"divisible by {self.config.multiple}")
+        if x_t.shape[1] > self.config.channels:
+            raise ValueError(f"the input has {x_t.shape[1]} channels; this network was built for "
+                             f"{self.config.channels}: reco needs one with channels=2")
         temb = self.temb(t)
-        h = self.conv_in(F.pixel_unshuffle((x_t - self.config.shift) / self.config.scale, self.config.stem))
+        x_t, others = x_t[:, :1], x_t[:, 1:]
+        others = F.pad(others, (0, 0, 0, 0, 0, self.config.channels - 1 - others.shape[1]))
+        x = torch.cat([x_t - self.config.shift, others], dim=1) / self.config.scale
+        h = self.conv_in(F.pixel_unshuffle(x, self.config.stem))
         skips = [h]
         for stage in self.down:
             for block in stage.block:

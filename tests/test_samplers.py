@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from models.degradation import LEVELS, Degradation, levels_for
-from models.samplers import SAMPLERS, one_step, sequential, spdps
+from models.samplers import SAMPLERS, one_step, reco, sequential, spdps
 
 TRACES = json.loads((Path(__file__).parent / "golden" / "spdps_traces.json").read_text())
 
@@ -53,6 +53,7 @@ def test_spdps_from_the_densest_level_is_one_call():
 
 def smooth(x_t, views):
     """A stand-in for a network that moves different slices by different amounts."""
+    x_t = x_t[:, :1] + 0.1 * x_t[:, 1:].sum(1, keepdim=True)  # reco's residual, where there is one
     blurred = torch.nn.functional.avg_pool2d(x_t, 5, 1, 2)
     return torch.where(x_t.amax(dim=(1, 2, 3), keepdim=True) > 0.35, blurred, 0.9 * x_t + 0.1 * blurred)
 
@@ -88,3 +89,24 @@ def test_a_perfect_network_is_recovered_by_every_chain(slices):
     for sampler in (one_step, sequential, spdps):
         out, _ = sampler(lambda x, views: truth[:len(x)], Degradation(), slices, levels_for(36))
         torch.testing.assert_close(out, truth)
+
+
+@pytest.mark.parametrize(("views", "calls"), [(18, 18), (36, 16), (72, 12), (288, 2)])
+def test_reco_calls_twice_a_level_and_restarts_once(views, calls, slices):
+    levels, seen, residuals = levels_for(views), [], []
+
+    def denoise(x_t, n):
+        residuals.append(x_t[:, 1:])
+        seen.append((n[0], x_t[:1, :1]))
+        return 0.9 * x_t[:, :1]
+
+    degrade, x_T = Degradation(), slices[:1]
+    _, nfe = reco(denoise, degrade, x_T, levels)
+    assert nfe == [calls] == [len(seen)]
+    if views == 72:
+        assert [n for n, _ in seen[::2]] == [72, 126, 126, 180, 234, 288]
+        x0_hat = 0.9 * seen[3][1]
+        restarted = degrade.shift(x_T, x0_hat, [72], [126])
+        torch.testing.assert_close(seen[4][1], restarted)
+        assert residuals[0].shape[1] == 0
+        torch.testing.assert_close(residuals[1], torch.tanh(x_T - degrade(0.9 * x_T, 72)))

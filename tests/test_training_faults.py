@@ -68,7 +68,7 @@ def test_many_in_a_row_stop_the_run_with_its_state_and_the_slices_named(go, tmp_
 def test_only_skips_in_a_row_count_and_only_their_slices_are_blamed():
     watch = NonFinite(patience=2)
     step = lambda slices, losses, bad: watch.record(  # noqa: E731
-        Step(0, slices, [18] * len(slices), torch.tensor(losses), torch.tensor(1.0), torch.tensor(bad)))
+        Step([0] * len(slices), slices, [18] * len(slices), torch.tensor(losses), torch.tensor(1.0), torch.tensor(bad)))
     step([1, 2], [float("nan"), 1.0], 1.0)
     step([3, 4], [1.0, 1.0], 0.0)
     step([5, 6], [1.0, float("inf")], 1.0)

@@ -67,3 +67,12 @@ def test_slices_of_a_batch_do_not_mix():
 def test_a_size_the_network_cannot_take_is_refused():
     with pytest.raises(ValueError, match="divisible by 16"):
         UNet(UNetConfig(width=32, stem=2))(torch.rand(1, 1, 40, 40), torch.tensor([0]))
+
+
+def test_a_residual_channel_that_is_not_given_is_zero():
+    network = with_known_weights(UNetConfig(width=32, stem=2, channels=2, shift=0.1, scale=0.1, residual=True))
+    x, e, t = torch.rand(2, 1, 32, 32), torch.rand(2, 1, 32, 32), torch.tensor([2, 5])
+    alone, zero, other = (network(torch.cat([x, *more], dim=1), t) for more in ((), (0 * e,), (e,)))
+    assert torch.equal(alone, zero) and (alone - other).abs().max() > 1e-4 and alone.shape == x.shape
+    with pytest.raises(ValueError, match="has 2 channels; this network was built for 1"):
+        with_known_weights(UNetConfig(width=32))(torch.cat([x, e], dim=1), t)

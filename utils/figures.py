@@ -13,7 +13,8 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402 (the backend is chosen first)
 
 LABELS = {"fbp": "FBP", "fbp-fdk": "FBP (FDK weights)", "sirt": "SIRT", "tv": "TV", "one-step": "One step",
-          "sequential": "Sequential", "naive": "Cold diffusion", "spdps": "SPDPS"}
+          "sequential": "Sequential", "naive": "Cold diffusion",
+          "reco": "ReCo", "spdps": "SPDPS"}
 
 
 def comparison(path: Path, x0: torch.Tensor, images: dict[str, torch.Tensor], title: str,

@@ -27,10 +27,10 @@ def read_lines(path: Path) -> list[dict]:
 class Step(NamedTuple):
     """What one optimizer step leaves behind; its tensors are on the device, and nobody waits for them."""
 
-    number: int            # 0: on the restore input; 1, 2, ...: on that hop's composed one
-    slices: list[int]
-    views: list[int]       # of each slice
-    losses: torch.Tensor   # of each slice, (B,)
+    hops: list[int]        # of each input: 0 for the restore input; 1, 2, ... for that hop's composed one
+    slices: list[int]      # which slices these are
+    views: list[int]       # of each
+    losses: torch.Tensor   # of each, (inputs,)
     norm: torch.Tensor     # of the gradient before it was clipped
     skipped: torch.Tensor  # 1.0 where loss or gradient were not finite, else 0.0
 
@@ -61,8 +61,8 @@ class Scalars:
         """Write the means over the steps since the last call, of finite values of this process, and return them."""
         groups: dict[str, list] = {}
         for step in self.pending:
-            for n, loss in zip(step.views, step.losses.tolist(), strict=True):
-                groups.setdefault("loss/compose" if step.number else "loss/restore", []).append(loss)
+            for hop, n, loss in zip(step.hops, step.views, step.losses.tolist(), strict=True):
+                groups.setdefault("loss/compose" if hop else "loss/restore", []).append(loss)
                 groups.setdefault(f"loss/{n}_views", []).append(loss)
         groups["gradient_norm"] = [step.norm.item() for step in self.pending]
         finite = {name: [v for v in values if math.isfinite(v)] for name, values in groups.items()}

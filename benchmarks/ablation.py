@@ -1,0 +1,132 @@
+"""Ablation at equal compute: one change to the recipe at a time, trained alike, compared on validation slices.
+
+    python -m benchmarks.ablation --data DATA --out runs/ablation [--pflop 0.03] [--rows NAME ...] [--seeds 3407 1]
+
+Every row is a training by train.py on DATA/train_img, with as many images as its network calls may cost, and an
+evaluation by test.py on slices of DATA/val_img; no test slice is read. What is done is not done again, and a training
+that was stopped goes on: the same command prints the whole table. Rows can be shared out between several shells.
+"""
+
+import argparse
+import json
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import train
+from datasets.loader import batches
+from datasets.slices import find_slices, read_slices
+from models.cost import cost
+from models.presets import Preset
+from models.schedule import forward_calls, inputs_of, steps_of
+
+# Step counts of the recipe, scaled to runs of some hundred steps.
+SHORT = "--epct-start 25 --warmup 25 --ema-start 25 --ema 0.99"
+# name: (flags of train.py after --preset tiny, flags of test.py)
+ROWS = {
+    "default": ("", ""),
+    "output x0 instead of x0 - x_t": ("--no-residual --no-zero-init", ""),
+    "input in mu, unscaled": ("--shift 0 --scale 1", ""),
+    "one level a batch": ("--no-per-sample-levels", ""),
+    "all levels alike (focus 0)": ("--focus 0", ""),
+    "conditioned on log views": ("--conditioning log-views", ""),
+    "no flips and turns": ("--no-augment", ""),
+    "constant rate": ("--schedule step", ""),
+    "rate 4e-5, constant": ("--schedule step --lr 4e-5", ""),
+    "raw weights at test": ("--publish raw", ""),
+    "one hop": ("--hops 1", ""),
+    "no EPCT": ("--hops 0", ""),
+    "one update for all inputs": ("--combined", ""),
+    "the EMA's estimates in EPCT": ("--rollout ema", ""),
+    "residual channel, two passes": ("--channels 2", "--methods one-step reco"),
+    "data consistency at test only": ("--dc 0", "--dc 16"),
+    "no data consistency, x_s = D(x0_hat)": ("--dc 0", "--dc 0 --methods one-step naive"),
+    "no data consistency, level shift": ("--dc 0 --update shift", "--dc 0"),
+    "MSE loss": ("--loss mse", ""),
+    "Charbonnier loss": ("--loss charbonnier", ""),
+    "spectral loss": ("--loss spectral", ""),
+    "no unshuffle stem": ("--stem 1", ""),
+    "width 64": ("--width 64", ""),
+    "one block a resolution": ("--blocks 1", ""),
+    "reference: the published recipe": ("--preset paper --width 32 --precision bf16 --lr 5e-4 --epct-start 10 "
+                                        "--ema-start 10 --ema 0.9 --ema-every 1", "--methods one-step spdps"),
+}
+
+
+def parse(argv=None):
+    parser = argparse.ArgumentParser("python -m benchmarks.ablation", description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", required=True, help="folder with train_img/ and val_img/")
+    parser.add_argument("--out", required=True, type=Path)
+    parser.add_argument("--pflop", type=float, default=0.03, help="of network calls, each training (default: 0.03)")
+    parser.add_argument("--rows", nargs="+", choices=list(ROWS), default=list(ROWS), metavar="NAME")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[3407])
+    parser.add_argument("--slices", type=int, default=8, help="validation slices (default: 8)")
+    parser.add_argument("--train", default=SHORT, help=f"flags of train.py for every row (default: {SHORT!r})")
+    parser.add_argument("--table", action="store_true", help="only print what is done")
+    return parser.parse_args(argv)
+
+
+def preset_of(flags: list[str]) -> Preset:
+    """The preset that these flags of train.py give."""
+    return train.parse(["--data", "-", "--out", "-", *flags])[1]
+
+
+def affordable(preset: Preset, count: int, size: int, pflop: float) -> int:
+    """Training images, whole batches of `count` slices, whose network calls cost at most `pflop` 1e15 operations."""
+    calls, step, images = pflop * 1e15 / cost(preset.network(), size, preset.precision)[1], 0, 0
+    for first, last in batches(count, preset.batch, 10**9):
+        calls -= (last - first) * forward_calls(preset, inputs_of(preset, step))
+        if calls < 0:
+            return images
+        step, images = step + steps_of(preset, step), last
+
+
+def run(args, row: str, seed: int) -> Path:
+    """Train and evaluate one row; the folder of its results."""
+    trains, tests = ROWS[row]
+    out = args.out / f"{row.replace(' ', '_').replace('/', '-')}-{seed}"
+    flags = ["--preset", "tiny", *shlex.split(args.train), *shlex.split(trains), "--seed", str(seed)]
+    if (out / "test" / "summary.json").is_file() or args.table:
+        return out / "test"
+    files, preset = find_slices(args.data, "train"), preset_of(flags)
+    size = read_slices(files[:1], preset.network().multiple)[1].shape[-1]
+    images = affordable(preset, len(files), size, args.pflop)
+    once = ["--images", str(images), "--val-every", str(10 * images), "--val-slices", "1", "--save-every", "100"]
+    for command in (["train.py", "--data", args.data, "--out", out / "train", *flags, *once],
+                    ["test.py", "--data", Path(args.data, "val_img"), "--out", out / "test", "--checkpoint",
+                     out / "train" / "checkpoint.safetensors", "--limit", args.slices, "--batch", 8, "--precision",
+                     "bf16", "--methods", "one-step", "sequential", *shlex.split(tests)]):
+        print(f"{row} (seed {seed}): {command[0]}, {images} images", flush=True)
+        subprocess.run([sys.executable, *map(str, command)], check=True, stdout=subprocess.DEVNULL)
+    return out / "test"
+
+
+def line(row: str, seed: int, results: Path) -> str:
+    """A row of the table: images seen, PSNR of one call and of the chain at 18 / 36 / 72 views."""
+    headline = [r for r in json.loads((results / "summary.json").read_text()) if r["window"] == [3000, 500]]
+    lines = (results.parent / "train" / "metrics.jsonl").read_text().splitlines()
+    psnr = {}
+    for r in sorted(headline, key=lambda r: r["views"]):
+        psnr.setdefault(r["method"], []).append(f"{r['psnr']:.2f}")
+    chain = next(name for name in psnr if name != "one-step")
+    cells = [row, chain, seed, json.loads(lines[-1])["images"], *(" / ".join(psnr[m]) for m in ("one-step", chain))]
+    return "| " + " | ".join(map(str, cells)) + " |"
+
+
+def main(argv=None):
+    args = parse(argv)
+    done = []
+    for seed in args.seeds:
+        for row in args.rows:
+            results = run(args, row, seed)
+            if (results / "summary.json").is_file():
+                done.append((row, seed, results))
+    print(f"{args.pflop:g} PFLOP a training, {args.slices} validation slices, PSNR in dB at 18 / 36 / 72 views\n"
+          "| change | chain | seed | images | one call | chain |\n|" + "---|" * 6)
+    print("\n".join(line(*row) for row in done))
+
+
+if __name__ == "__main__":
+    main()
