@@ -8,7 +8,6 @@ import argparse
 import hashlib
 import json
 import math
-import sys
 import time
 from pathlib import Path
 
@@ -19,7 +18,7 @@ from tqdm import tqdm
 
 from datasets.slices import find_slices, fingerprint, patients_of, read_slices
 from models.baselines import BASELINES, TV_WEIGHT, sirt
-from models.checkpoint import default_dc, denoiser, find_checkpoint, load_checkpoint
+from models.checkpoint import check_methods, default_dc, denoiser, find_checkpoint, load_checkpoint
 from models.consistency import ITERATIONS, data_consistency
 from models.degradation import FULL_VIEWS, Degradation, levels_for
 from models.samplers import SAMPLERS
@@ -202,9 +201,7 @@ def main(argv=None):
     args = parse(argv)
     checkpoint = find_checkpoint(args.checkpoint)
     network, header = load_checkpoint(checkpoint)
-    if "reco" in args.methods and network.config.channels < 2:
-        sys.exit(f"--methods reco needs a network with a residual channel, and {checkpoint.name} has none; train one "
-                 "with channels 2, or leave reco out.")
+    check_methods(args.methods, network, checkpoint)
     files = find_slices(args.data, "test")
     if args.limit:
         spread = np.linspace(0, len(files) - 1, min(args.limit, len(files))).round().astype(int)

@@ -145,6 +145,13 @@ def load_checkpoint(path: str | Path, device: str = "cpu") -> tuple[UNet, dict]:
     return network.eval().to(device), header
 
 
+def check_methods(methods: list[str], network: UNet, path: Path) -> None:
+    """Exits with a sentence where a method needs what the network does not have."""
+    if "reco" in methods and network.config.channels < 2:
+        sys.exit(f"reco needs a network with a residual channel, and {path.name} has none; choose another method, or a "
+                 "checkpoint that was trained with --channels 2.")
+
+
 def default_dc(header: dict) -> int:
     """Iterations of data consistency for a checkpoint: those chosen on validation slices, 0 where training had none."""
     return ITERATIONS if header.get("training", {}).get("preset", {}).get("dc", 0) else 0

@@ -1,9 +1,16 @@
 """What EPCT draws and minimises beyond the published recipe, which tests/test_paper.py asserts."""
 
 import numpy as np
+import pytest
 import torch
 
+import train
+from models.degradation import LEVELS, Degradation, condition
 from models.epct import denser_level, loss, measured_level
+from models.presets import PRESETS
+from models.schedule import forward_calls
+from models.unet import UNet
+from utils.state import newest_state
 
 
 def test_measured_levels():
@@ -29,3 +36,65 @@ def test_rmse_weighs_slices_alike():
     torch.testing.assert_close(loss(x0_hat, x0, "mse", 0.1), (x0_hat - x0).square().mean((1, 2, 3)) / 0.01)
     (gradient,) = torch.autograd.grad(loss(x0_hat, x0, "rmse", 0.1).sum(), x0_hat)
     torch.testing.assert_close(gradient[0].norm(), gradient[1].norm())
+
+
+def test_charbonnier_is_quadratic_near_zero_and_absolute_far_from_it():
+    x0 = torch.zeros(3, 1, 8, 8)
+    x0_hat = torch.tensor([0.0, 1e-4, 3.0]).view(3, 1, 1, 1).expand_as(x0)
+    torch.testing.assert_close(loss(x0_hat, x0, "charbonnier", 1.0), torch.tensor([0.0, 1e-4**2 / 0.02, 2.99]),
+                               rtol=1e-3, atol=1e-8)
+
+
+def test_spectral_loss_weighs_a_wave_by_its_frequency():
+    """cos(2 pi f i/N) has radius f/N: its loss grows with sqrt(f), and white noise has that of rmse."""
+    N = 64
+    waves = [torch.cos(2 * torch.pi * f * torch.arange(N) / N).expand(1, 1, N, N) for f in (2, 8, 32)]
+    found = torch.cat([loss(w, torch.zeros_like(w), "spectral", 1.0) / w.square().mean().sqrt() for w in waves])
+    torch.testing.assert_close(found / found[0], torch.tensor([1.0, 2.0, 4.0]))
+    noise = torch.randn(64, 1, N, N, generator=torch.Generator().manual_seed(0))
+    spectral, rmse = (loss(noise, 0 * noise, kind, 0.1).mean() for kind in ("spectral", "rmse"))
+    torch.testing.assert_close(spectral, rmse, rtol=0.01, atol=0)
+
+
+def test_conditioning_on_log_views_runs_through_the_levels_and_tells_counts_apart():
+    found = [condition(n, "log-views") for n in LEVELS]
+    assert (found[0], found[-1]) == (0.0, pytest.approx(7.0)) and found == sorted(found)
+    assert condition(30, "level") == condition(36, "level") == 6.0
+    assert condition(36, "log-views") < condition(30, "log-views") < condition(18, "log-views")
+
+
+def test_a_combined_update_steps_once_a_batch(data, tmp_path, call):
+    command = ["--preset", "tiny", "--data", data, "--images", "8", "--epct-start", "2", "--hops", "2", "--device",
+               "cpu", "--precision", "fp32", "--val-slices", "1"]
+    for flag, steps in (("--combined", 4), ("--no-combined", 2 + 2 * 3)):
+        call(train.main, *command, flag, "--out", tmp_path / flag)
+        assert newest_state(tmp_path / flag, "cpu")[1]["step"] == steps
+        text = (tmp_path / flag / "metrics.jsonl").read_text()
+        assert "loss/restore" in text and "loss/compose" in text
+
+
+def test_reco_sees_what_its_first_pass_leaves_unexplained(data, tmp_path, monkeypatch, call):
+    """[x_t, tanh(x_t - D(R([x_t, 0], t), n_t))] in restore and compose steps; zero where x_t is an estimate itself."""
+    calls, forward = [], UNet.forward
+
+    def watch(network, x, t):
+        out = forward(network, x, t)
+        calls.append((network.training, torch.is_grad_enabled(), x.detach().clone(), t.tolist(), out.detach().clone()))
+        return out
+
+    monkeypatch.setattr(UNet, "forward", watch)
+    monkeypatch.setattr(train, "validate", lambda *_: ({"val18/mse": 1.0}, torch.zeros(1, 4, 4)))
+    call(train.main, "--preset", "reco", "--width", "32", "--dropout", "0", "--data", data, "--out", tmp_path / "out",
+         "--images", "64", "--epct-start", "0", "--device", "cpu")
+    assert forward_calls(PRESETS["reco"], 2) == 10 and len(calls) == 16 * 6
+    degrade, seen = Degradation(), {"residual": 0, "zero": 0}
+    for first, second in zip(calls[::2], calls[1::2], strict=True):
+        x, t, x0_hat = first[2], first[3], first[4]
+        assert not first[1] and x.shape[1] == 1 and second[2].shape[1] == 2 and torch.equal(second[2][:, :1], x)
+        residual = torch.tanh(x - degrade(x0_hat, LEVELS[int(t[0])]))
+        if t == [0.0] * len(t) and not second[2][:, 1:].any():
+            seen["zero"] += 1
+        else:
+            torch.testing.assert_close(second[2][:, 1:], residual)
+            seen["residual"] += 1
+    assert seen["residual"] > seen["zero"] > 0

@@ -98,6 +98,7 @@ def test_bad_input_gets_a_sentence_and_nothing_is_overwritten(data, checkpoint, 
     save_checkpoint(broken, network.state_dict(), UNetConfig(width=64), {})
     assert "another architecture" in go("--checkpoint", broken)
     assert "invalid choice" in go("--methods", "magic")
+    assert "needs a network with a residual channel" in go("--methods", "reco")
     assert "expected WIDTH,CENTRE in HU" in go("--windows", "3000")
     assert "expected WIDTH,CENTRE in HU" in go("--windows=-5,0")
     assert "give --photons too" in go("--electronic", "5")

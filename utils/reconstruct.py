@@ -38,7 +38,7 @@ from datasets.write_volume import (
     write_nifti,
     write_npy,
 )
-from models.checkpoint import default_dc, denoiser, find_checkpoint, load_checkpoint
+from models.checkpoint import check_methods, default_dc, denoiser, find_checkpoint, load_checkpoint
 from models.consistency import ITERATIONS, data_consistency
 from models.degradation import FULL_VIEWS, Degradation, levels_for
 from models.measured import MeasuredDegradation, measured_consistency
@@ -283,6 +283,7 @@ def main(argv=None) -> int:
     if args.method != "fbp":
         checkpoint = find_checkpoint(args.checkpoint)
         network, header = load_checkpoint(checkpoint, args.device)
+        check_methods([args.method], network, checkpoint)
         denoise, iterations = denoiser(network), default_dc(header) if args.dc is None else args.dc
         weights, multiple = hashlib.sha256(checkpoint.read_bytes()).hexdigest()[:16], network.config.multiple
     is_measured = args.geometry is not None or is_projections(args.input)
