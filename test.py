@@ -20,7 +20,7 @@ from datasets.slices import find_slices, fingerprint, patients_of, read_slices
 from models.baselines import BASELINES, TV_WEIGHT, sirt
 from models.checkpoint import check_methods, default_dc, denoiser, find_checkpoint, load_checkpoint
 from models.consistency import ITERATIONS, data_consistency
-from models.degradation import FULL_VIEWS, Degradation, levels_for
+from models.degradation import FULL_VIEWS, LEVELS, Degradation, levels_for
 from models.samplers import SAMPLERS
 from utils import distributed, figures
 from utils.device import check_device, default_device
@@ -54,6 +54,9 @@ def parse(argv=None):
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=["fbp", "one-step", "sequential", "spdps"])
     parser.add_argument("--windows", type=window, nargs="+", default=WINDOWS, metavar="WIDTH,CENTRE",
                         help="HU windows of the metrics, the headline first (default 3000,500 500,50 2000,0)")
+    parser.add_argument("--levels", type=int, nargs="+", default=LEVELS,
+                        help="view counts that chains pass through, where denser than the measurement (default: the "
+                        "published ones)")
     parser.add_argument("--start", type=float, default=0.0, help="angle of the first view, radians")
     parser.add_argument("--dc", type=int, help="iterations of data consistency after every network call; 0 gives the "
                         f"published samplers (default: {ITERATIONS}, and 0 for weights that were trained without)")
@@ -78,6 +81,9 @@ def parse(argv=None):
     for n in args.views:
         if not 1 <= n <= FULL_VIEWS:
             parser.error(f"--views {n}: expected 1 to {FULL_VIEWS}, the views of the ground truth")
+    for n in args.levels:
+        if not 1 <= n <= FULL_VIEWS:
+            parser.error(f"--levels {n}: expected 1 to {FULL_VIEWS}")
     for name, least in {"batch": 1, "limit": 1, "dc": 0, "semantic_budget": 1, "refine_steps": 1, "seed": 0,
                         "electronic": 0, "tv_weight": 0, "photons": 1}.items():
         value = getattr(args, name)
@@ -112,15 +118,17 @@ def measured(x0, n_views: int, names, degrade, args) -> list[torch.Tensor]:
 
 
 @torch.no_grad()
-def reconstruct(method: str, y, size: int, denoise, degrade, iterations: int, photons=None, callback=None, **options):
+def reconstruct(method: str, y, size: int, denoise, degrade, iterations: int, photons=None, callback=None,
+                among=LEVELS, **options):
     """x0_hat (B, 1, size, size) and calls of each slice from measured sinograms of one view count, nothing else.
 
-    iterations, photons: of data consistency; callback and options are the method's.
+    iterations, photons: of data consistency; among: levels of a chain; callback and options are the method's.
     """
     if method in BASELINES:
         return BASELINES[method](degrade, y, size, **options), [0] * len(y)
     dc = data_consistency(degrade, y, iterations, photons)
-    return SAMPLERS[method](denoise, degrade, degrade.fbp(y, size), levels_for(y[0].shape[-2]), callback, dc, **options)
+    levels = levels_for(y[0].shape[-2], among)
+    return SAMPLERS[method](denoise, degrade, degrade.fbp(y, size), levels, callback, dc, **options)
 
 
 def warm_up(y, size, denoise, degrade, iterations) -> None:
@@ -214,7 +222,7 @@ def main(argv=None):
                "tv": {"weight": args.tv_weight}}
     run = {"checkpoint": hashlib.sha256(checkpoint.read_bytes()).hexdigest()[:16], "data": fingerprint(files, hu),
            "protocol": "cvg-official" if official else "cvg", "dc": iterations,
-           **{k: getattr(args, k) for k in ("methods", "views", "windows", "start", "photons", "electronic", "seed",
+           **{k: getattr(args, k) for k in ("methods", "views", "levels", "windows", "start", "photons", "electronic", "seed",
                                             "batch", "precision", "device")},
            **{k: v for k, v in options.items() if k in args.methods}}
     rank, processes, device = distributed.start(args.device)
@@ -227,7 +235,9 @@ def main(argv=None):
     denoise = denoiser(network.to(device), clip=not official, precision=args.precision)
 
     def reconstruction(method, y, callback=None):
-        given = options.get(method, {}) | ({"callback": callback} if method in SAMPLERS else {})
+        given = options.get(method, {})
+        if method in SAMPLERS:
+            given = given | {"callback": callback, "among": args.levels}
         return reconstruct(method, y, hu.shape[-1], denoise, degrade, iterations, args.photons, **given)
 
     def image(method, n, name):

@@ -1,6 +1,7 @@
 """The degradation D(x, n): FBP over n views of the fan-beam projection over the same views."""
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -23,9 +24,9 @@ def condition(n_views: int, kind: str) -> float:
     return float(level_of(n_views)) if kind == "level" else 7 * math.log(LEVELS[0] / n_views) / math.log(16)
 
 
-def levels_for(n_views: int) -> tuple[int, ...]:
-    """The levels of a chain that starts from a measurement: published ones denser than it, then the measurement."""
-    return tuple(n for n in LEVELS if n > n_views) + (n_views,)
+def levels_for(n_views: int, among: Iterable[int] = LEVELS) -> tuple[int, ...]:
+    """The levels of a chain that starts from a measurement: those `among` denser than it, densest first, then its."""
+    return tuple(sorted((n for n in set(among) if n > n_views), reverse=True)) + (n_views,)
 
 
 @lru_cache(maxsize=64)

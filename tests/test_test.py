@@ -98,6 +98,7 @@ def test_bad_input_gets_a_sentence_and_nothing_is_overwritten(data, checkpoint, 
     save_checkpoint(broken, network.state_dict(), UNetConfig(width=64), {})
     assert "another architecture" in go("--checkpoint", broken)
     assert "invalid choice" in go("--methods", "magic")
+    assert "--levels 721: expected 1 to 720" in go("--levels", "721")
     assert "needs a network with a residual channel" in go("--methods", "reco")
     assert "expected WIDTH,CENTRE in HU" in go("--windows", "3000")
     assert "expected WIDTH,CENTRE in HU" in go("--windows=-5,0")
@@ -201,6 +202,13 @@ def test_sampler_options_reach_the_sampler(data, checkpoint, tmp_path, call):
              "--limit", 1, "--out", tmp_path / str(i), *options)
         calls.append(json.loads((tmp_path / str(i) / "summary.json").read_text())[0]["nfe"])
     assert calls[1:] == [8, 6, 6], "two calls a unit of budget, and m of refinement"
+
+
+def test_chains_pass_through_the_levels_given(data, checkpoint, tmp_path, call):
+    call(evaluation.main, "--data", data, "--checkpoint", checkpoint, "--views", 18, 54, "--methods", "sequential",
+         "--limit", 1, "--levels", 36, 288, 36, "--out", tmp_path / "out")
+    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
+    assert {row["views"]: row["nfe"] for row in summary} == {18: 3, 54: 2}
 
 
 def test_processes_share_the_slices_and_give_the_same_tables(data, checkpoint, tmp_path):
