@@ -222,8 +222,8 @@ def main(argv=None):
                "tv": {"weight": args.tv_weight}}
     run = {"checkpoint": hashlib.sha256(checkpoint.read_bytes()).hexdigest()[:16], "data": fingerprint(files, hu),
            "protocol": "cvg-official" if official else "cvg", "dc": iterations,
-           **{k: getattr(args, k) for k in ("methods", "views", "levels", "windows", "start", "photons", "electronic", "seed",
-                                            "batch", "precision", "device")},
+           **{k: getattr(args, k) for k in ("methods", "views", "levels", "windows", "start", "photons", "electronic",
+                                            "seed", "batch", "precision", "device")},
            **{k: v for k, v in options.items() if k in args.methods}}
     rank, processes, device = distributed.start(args.device)
     done = distributed.gather(open_results(args.out, run) if rank == 0 else None)[0]

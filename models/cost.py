@@ -2,6 +2,7 @@
 
 import time
 from dataclasses import asdict
+from functools import lru_cache
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -13,6 +14,7 @@ from models.unet import UNet, UNetConfig
 from utils.device import bf16_pays
 
 
+@lru_cache(maxsize=32)
 def cost(config: UNetConfig, size: int, precision: str) -> tuple[int, int, int]:
     """(parameters, FLOPs of a forward call of one slice, bytes kept for its backward call), without running it.
 

@@ -1,0 +1,32 @@
+"""The ablation: equal compute, every row's flags known to the scripts, results kept."""
+
+import shlex
+from dataclasses import replace
+
+import pytest
+from conftest import run
+
+import test as evaluation
+from benchmarks import ablation
+from models.cost import cost
+from models.schedule import budget
+
+
+@pytest.mark.parametrize("row", ablation.ROWS)
+def test_every_row_spends_the_same(row):
+    """As many whole batches as fit: one more would cost more than was given."""
+    trains, tests = ablation.ROWS[row]
+    preset = ablation.preset_of(["--preset", "tiny", *shlex.split(ablation.SHORT), *shlex.split(trains)])
+    evaluation.parse(["--data", "-", "--out", "-", *shlex.split(tests)])
+    images = ablation.affordable(preset, 558, 64, 0.001)
+    flops = cost(preset.network(), 64, preset.precision)[1]
+    spent, more = (budget(replace(preset, images=n), 558)[2] * flops for n in (images, images + preset.batch))
+    assert spent <= 1e12 < more
+
+
+def test_what_is_done_is_not_done_again(data, tmp_path):
+    command = ("-m", "benchmarks.ablation", "--data", data, "--out", tmp_path / "out", "--rows", "no EPCT", "--slices",
+               "1", "--pflop", "1e-5")
+    first, second = run(*command), run(*command)
+    assert "train.py" in first and "test.py" in first and "| no EPCT | sequential | 3407 |" in first
+    assert "train.py" not in second and second.splitlines()[-1] == first.splitlines()[-1]
