@@ -15,8 +15,10 @@ def data_consistency(degrade: Degradation, y: list[torch.Tensor], iterations: in
 
     y: measured sinograms, (1, n, bins) each. The correction lies in the range of P_n^T: what the measurement does not
     see stays as the network has it. None for 0 iterations.
-    photons: I0 of a noisy measurement. Rays are then weighted by the inverse of their variance, and a slice stops
-    earlier where its mean weighted squared residual has come down to 1, what noise alone would leave.
+    photons: I0 of a noisy measurement. A slice then stops at the discrepancy principle: as soon as the mean of its
+    squared residuals, each over its ray's variance, has come down to 1, what noise alone would leave. The iterations
+    stay unweighted: a weighted fit begins with the rays that pass through air, where there is nothing to correct, and
+    has used up the discrepancy before it comes to the dark ones, which streak (4 dB less at 18 views and 1e4 photons).
     """
     @torch.no_grad()
     def dc(x0_hat, slices):
@@ -26,8 +28,8 @@ def data_consistency(degrade: Degradation, y: list[torch.Tensor], iterations: in
             operator = projector(x.shape[-1], equal_angles(n, degrade.start))
             measured, noise = torch.stack([y[slices[j]] for j in group]), {}
             if photons:
-                weights = inverse_variance(measured, photons, pixel_cm(x.shape[-1]))
-                noise = {"weights": weights, "target": float(measured[0].numel())}
+                noise = {"target": float(measured[0].numel()),
+                         "target_weights": inverse_variance(measured, photons, pixel_cm(x.shape[-1]))}
             x[group] = cgne(operator, x0_hat[group], measured, max_iter=iterations, **noise)
         return x
 
