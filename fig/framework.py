@@ -6,6 +6,7 @@ Every picture is what the shipped network makes of slice --slice at 18 views; th
 import argparse
 from pathlib import Path
 
+import numpy as np
 import torch
 from matplotlib.patches import FancyArrowPatch
 
@@ -24,7 +25,7 @@ RED, BLUE = "#b03020", "#1f4e79"
 
 
 @torch.no_grad()
-def pictures(index: int, n_views: int) -> tuple[torch.Tensor, list[tuple[str, torch.Tensor, float]]]:
+def pictures(index: int, n_views: int) -> tuple[np.ndarray, list[tuple[str, np.ndarray, float]]]:
     """The sinogram (views, bins) and (label, HU, PSNR in dB) of the stages of one chain."""
     files = find_slices(HERE.parent / "datasets" / "sample", "test")
     degrade, (network, _) = Degradation(), load_checkpoint(find_checkpoint("tiny"))
@@ -38,7 +39,7 @@ def pictures(index: int, n_views: int) -> tuple[torch.Tensor, list[tuple[str, to
               r"$\hat{x}_0$ that explains $y$": consistent,
               rf"$x_s$, {levels[-2]} views": degrade(consistent, levels[-2]),
               r"the last $\hat{x}_0$": sequential(denoise, degrade, x_T, levels, dc=dc)[0]}
-    return y[0][0], [(label, mu_to_hu(x[0, 0]), measure(x, x0, *WINDOWS[0])["psnr"].item())
+    return y[0][0].numpy(), [(label, mu_to_hu(x[0, 0]).numpy(), measure(x, x0, *WINDOWS[0])["psnr"].item())
                      for label, x in stages.items()]
 
 

@@ -21,7 +21,8 @@ def test_curves_show_every_row_of_every_folder(tmp_path, call, monkeypatch):
     for name, gain in (("a", 0), ("b", 1)):
         (tmp_path / name).mkdir()
         rows = [{"method": method, "views": n, "window": window, "psnr": n / 2 + gain, "nfe": calls}
-                for method, calls in (("fbp", 0), ("spdps", 9)) for n in (36, 18) for window in ([3000, 500], [500, 50])]
+                for method, calls in (("fbp", 0), ("spdps", 9)) for n in (36, 18)
+                for window in ([3000, 500], [500, 50])]
         (tmp_path / name / "summary.json").write_text(json.dumps(rows))
     run = tmp_path / "run"
     run.mkdir()
