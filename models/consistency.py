@@ -18,8 +18,8 @@ def data_consistency(degrade: Degradation, y: list[torch.Tensor], iterations: in
     photons: I0 of a noisy measurement. A slice then stops by the discrepancy principle, where noise alone would leave
     what is left: as soon as sum r^2/sigma <= sum sigma, r the residual and sigma the deviation of each ray. Dividing by
     sigma instead of its square keeps the rays through air, where there is nothing to correct, from deciding; and the
-    iterations stay unweighted, since a weighted fit comes to the dark rays, which streak, last. On validation slices at
-    1e4 photons that is 9 dB at 18 views and 0.8 dB at 72 more than both with 1/sigma^2.
+    iterations stay unweighted, since a weighted fit comes to the dark rays, which streak, last. Sequential sampling
+    gains 9 dB at 18 views and 0.8 at 72 over both with 1/sigma^2 (two validation slices, 1e4 photons).
     """
     @torch.no_grad()
     def dc(x0_hat, slices):
