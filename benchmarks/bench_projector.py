@@ -22,6 +22,8 @@ from models.degradation import Degradation, equal_angles, projector  # noqa: E40
 
 try:
     import astra
+
+    from benchmarks.astra_projector import Astra
 except ImportError:
     astra = None
 
@@ -77,46 +79,13 @@ def plain(task: str, x: torch.Tensor):
     return partial(backend_torch.fbp, radon.geometry, images, weights, "ramp")
 
 
-class Astra:
-    """astra-toolbox's projector with the geometry of an operator: line_fanflat on the CPU, its own kernels on CUDA."""
-
-    def __init__(self, radon, cuda: bool):
-        self.radon, self.suffix = radon, "_CUDA" if cuda else ""
-        n = radon.resolution
-        volume = astra.create_vol_geom(n, n)
-        scan = astra.create_proj_geom("fanflat", radon.det_spacing, radon.det_count, -radon.angles.double().numpy(),
-                                      radon.source_distance, radon.det_distance)
-        projector_id = astra.create_projector("cuda" if cuda else "line_fanflat", scan, volume)
-        self.image, self.sinogram = astra.data2d.create("-vol", volume), astra.data2d.create("-sino", scan)
-        self.algorithms = {}
-        for kind, result in (("FP", "VolumeDataId"), ("BP", "ReconstructionDataId")):
-            options = astra.astra_dict(kind + self.suffix)
-            options |= {"ProjectorId": projector_id, "ProjectionDataId": self.sinogram, result: self.image}
-            self.algorithms[kind] = astra.algorithm.create(options)
-
-    def _run(self, kind, source, target, batch):
-        results = []
-        for one in batch.numpy():
-            astra.data2d.store(source, one)
-            astra.algorithm.run(self.algorithms[kind])
-            results.append(torch.from_numpy(astra.data2d.get(target)))
-        return torch.stack(results)
-
-    def forward(self, images):
-        """(B, H, W) -> (B, views, bins), slice by slice."""
-        return self._run("FP", self.image, self.sinogram, images)
-
-    def fbp(self, sinogram):
-        """(B, views, bins) -> (B, H, W) with our filter: astra-toolbox has none for a fan beam on the CPU."""
-        return self._run("BP", self.sinogram, self.image, self.radon.filter_sinogram(sinogram))
-
-
 def astras(task: str, x: torch.Tensor, cuda: bool):
     """The same by astra-toolbox, slice by slice; its arrays live on the CPU, so CUDA's times include the copies."""
     if task.startswith("shift"):
         d36, d54 = astras("D(36)", x, cuda), astras("D(54)", x, cuda)
         return lambda: x - (d36() - d54())[:, None]
-    operator, images = Astra(projector(x.shape[-1], equal_angles(views_of(task))), cuda), x[:, 0].contiguous()
+    radon, images = projector(x.shape[-1], equal_angles(views_of(task))), x[:, 0].contiguous()
+    operator = Astra(radon, "cuda" if cuda else "line_fanflat")
     if task.startswith("forward"):
         return partial(operator.forward, images)
     if task.startswith("FBP"):

@@ -15,8 +15,11 @@ def data_consistency(degrade: Degradation, y: list[torch.Tensor], iterations: in
 
     y: measured sinograms, (1, n, bins) each. The correction lies in the range of P_n^T: what the measurement does not
     see stays as the network has it. None for 0 iterations.
-    photons: I0 of a noisy measurement. Rays are then weighted by the inverse of their variance, and a slice stops
-    earlier where its mean weighted squared residual has come down to 1, what noise alone would leave.
+    photons: I0 of a noisy measurement. A slice then stops by the discrepancy principle, where noise alone would leave
+    what is left: as soon as sum r^2/sigma <= sum sigma, r the residual and sigma the deviation of each ray. Dividing by
+    sigma instead of its square keeps the rays through air, where there is nothing to correct, from deciding; and the
+    iterations stay unweighted, since a weighted fit comes to the dark rays, which streak, last. Sequential sampling
+    gains 9 dB at 18 views and 0.8 at 72 over both with 1/sigma^2 (two validation slices, 1e4 photons).
     """
     @torch.no_grad()
     def dc(x0_hat, slices):
@@ -26,14 +29,14 @@ def data_consistency(degrade: Degradation, y: list[torch.Tensor], iterations: in
             operator = projector(x.shape[-1], equal_angles(n, degrade.start))
             measured, noise = torch.stack([y[slices[j]] for j in group]), {}
             if photons:
-                weights = inverse_variance(measured, photons, pixel_cm(x.shape[-1]))
-                noise = {"weights": weights, "target": float(measured[0].numel())}
+                sigma = deviation(measured, photons, pixel_cm(x.shape[-1]))
+                noise = {"target": sigma.sum((-2, -1), keepdim=True), "target_weights": 1 / sigma}
             x[group] = cgne(operator, x0_hat[group], measured, max_iter=iterations, **noise)
         return x
 
     return dc if iterations else None
 
 
-def inverse_variance(y: torch.Tensor, photons: float, pixel_cm: float) -> torch.Tensor:
-    """1/variance of each ray of a sinogram in 1/cm x pixels under Poisson counts I0 exp(-p pixel_cm) (first order)."""
-    return photons * pixel_cm**2 * torch.exp(-y * pixel_cm)
+def deviation(y: torch.Tensor, photons: float, pixel_cm: float) -> torch.Tensor:
+    """Standard deviation of each ray of a sinogram in 1/cm x pixels, to first order: counts are I0 exp(-p pixel_cm)."""
+    return torch.exp(y * pixel_cm / 2) / (photons**0.5 * pixel_cm)

@@ -66,6 +66,19 @@ def test_cgne_stops_each_sample_at_its_target(over):
     assert (path[first[0]:, 0] == path[first[0], 0]).all(), "a sample that has stopped stays as it is"
 
 
+def test_target_weights_decide_where_cgne_stops_and_not_where_it_goes(over):
+    y, weights = over.forward(noise(2, 12, 12)), 1e3 * noise(2, *over._sinogram_shape, seed=1).square()
+    _, path = cgne(over, torch.zeros(2, 12, 12).double(), y, lambda x: x)
+    misfits = torch.stack([(weights * (over.forward(x) - y).square()).sum((-2, -1)) for x in path])
+    stop = [4, 7]
+    target = torch.stack([misfits[k, i] for i, k in enumerate(stop)]).view(2, 1, 1) * 1.0001
+    found = cgne(over, torch.zeros(2, 12, 12).double(), y, target=target, target_weights=weights)
+    for i in range(2):
+        first = int((misfits[:, i] <= target[i].item()).nonzero()[0])
+        assert first in (stop[i], stop[i] - 1)
+        torch.testing.assert_close(found[i], path[first][i])
+
+
 def test_cg_is_a_direct_solution(over):
     A = matrix(over)
     y = noise(3, 1, 12, 12)

@@ -44,7 +44,7 @@ def comparison(path: Path, x0: torch.Tensor, images: dict[str, torch.Tensor], ti
     for axis in axes.flat:
         axis.axis("off")
     figure.suptitle(title)
-    _write(figure, path)
+    write(figure, path)
 
 
 def detail(image: torch.Tensor) -> tuple[slice, slice]:
@@ -62,6 +62,12 @@ def curves(path: Path, series: dict[str, list[tuple[float, float]]], xlabel: str
     log: logarithmic x; joined: points in a line.
     """
     figure, axis = plt.subplots(figsize=(5.5, 4), layout="constrained")
+    draw_curves(axis, series, xlabel, title, log, joined)
+    write(figure, path)
+
+
+def draw_curves(axis, series, xlabel: str, title: str, log: bool = False, joined: bool = True) -> None:
+    """What `curves` shows, on an axis of a figure."""
     for name, points in series.items():
         axis.plot(*zip(*points, strict=True), "o-" if joined else "o", label=LABELS.get(name, name))
     if log:
@@ -72,10 +78,10 @@ def curves(path: Path, series: dict[str, list[tuple[float, float]]], xlabel: str
     axis.set(xlabel=xlabel, ylabel="PSNR, dB", title=title)
     axis.grid(alpha=0.3)
     axis.legend()
-    _write(figure, path)
 
 
-def _write(figure, path: Path) -> None:
+def write(figure, path: Path, dpi: int = 110) -> None:
+    """Write a figure as PNG and close it."""
     with atomic(path) as partial:
-        figure.savefig(partial, dpi=110, format="png")
+        figure.savefig(partial, dpi=dpi, format="png")
     plt.close(figure)

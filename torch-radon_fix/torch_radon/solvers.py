@@ -62,20 +62,22 @@ def cg(forward, x: torch.Tensor, y: torch.Tensor, callback=None, max_iter: int =
 
 
 def cgne(operator, x: torch.Tensor, y: torch.Tensor, callback=None, max_iter: int = 5000, tol: float = 1e-5, *,
-         weights: torch.Tensor | None = None, damp: float = 0.0, target: torch.Tensor | float | None = None):
+         weights: torch.Tensor | None = None, damp: float = 0.0, target: torch.Tensor | float | None = None,
+         target_weights: torch.Tensor | None = None):
     """Least squares: minimise |operator.forward(x) - y|^2 by conjugate gradients on the normal equations, from x.
 
     x: (..., H, W); y: (..., views, bins). Every image is a sample of its own and stops when
     |A^T (y - A x)| <= tol |A^T y|, A^T being `operator.transpose`. From x = 0 it finds the solution of least norm.
     weights: of each ray, >= 0, broadcast to y: minimises sum weights (A x - y)^2. damp: adds damp^2 |x - start|^2.
-    target: stop as soon as sum weights (A x - y)^2 <= target, a number or one a sample (..., 1, 1).
+    target: stop as soon as sum target_weights (A x - y)^2 <= target, a number or one a sample (..., 1, 1);
+    target_weights are `weights` unless given.
     """
     _leading(x, y)
-    dims = (-2, -1)
+    dims, target_weights = (-2, -1), weights if target_weights is None else target_weights
     start, r = x, y - operator.forward(x)
     _check(r)
 
-    def weighted(p):
+    def weighted(p, weights=weights):
         return p if weights is None else weights * p
 
     def gradient():
@@ -83,7 +85,7 @@ def cgne(operator, x: torch.Tensor, y: torch.Tensor, callback=None, max_iter: in
         return s - damp**2 * (x - start) if damp else s
 
     def unsettled():
-        return ss > limit if target is None else (ss > limit) & (_dot(r, weighted(r), dims) > target)
+        return ss > limit if target is None else (ss > limit) & (_dot(r, weighted(r, target_weights), dims) > target)
 
     s, toward = gradient(), operator.transpose(weighted(y))
     p, ss, limit, values = s, _dot(s, s, dims), tol**2 * _dot(toward, toward, dims), []
