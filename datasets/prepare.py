@@ -260,7 +260,7 @@ def check_resume(out: Path, outputs: list[Output], shown: dict[str, str], option
     if other := [name for name in there if plan.get(name, "") != before["outputs"].get(name)]:
         sys.exit(f"{out} holds {len(other)} file(s) made from other input, such as {min(other)}; choose another --out.")
     with atomic(record) as partial:
-        partial.write_text(json.dumps({"options": options, "outputs": plan}, indent=0))
+        partial.write_text(json.dumps({"options": options, "outputs": plan}))
 
 
 def write_all(outputs: list[Output], out: Path, shown: dict, options: dict, workers: int, problems: list, hide) -> int:
@@ -270,9 +270,10 @@ def write_all(outputs: list[Output], out: Path, shown: dict, options: dict, work
         leftover.unlink()
     if outputs:
         check_resume(out, outputs, shown, options)
+    for folder in {one.folder for one in outputs}:
+        (out / folder).mkdir(exist_ok=True)
     tasks = defaultdict(list)  # one file's slices go together: it is decoded once
     for one in outputs:
-        (out / one.folder).mkdir(exist_ok=True)
         tasks[one.name if options["volumes"] else one.slices[0].path].append(one)
     jobs = [([(str(out / one.folder / one.name), one.slices) for one in group], options["size"], options["volumes"])
             for group in tasks.values()]
