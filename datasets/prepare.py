@@ -17,14 +17,14 @@ import json
 import multiprocessing
 import os
 import re
+import signal
 import stat
 import sys
-import threading
-from collections import Counter, defaultdict
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
+import traceback
+from collections import Counter, defaultdict, deque
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
+from multiprocessing.connection import wait
 from pathlib import Path
 
 import numpy as np
@@ -107,36 +107,68 @@ def write_table(path: Path, header: tuple[str, ...], rows: list) -> None:
         csv.writer(file, lineterminator="\n").writerows([header, *rows])
 
 
-def _end_with_parent():
-    # Where the parent is killed, its pool would wait for work for ever.
-    threading.Thread(target=lambda: (multiprocessing.parent_process().join(), os._exit(1)), daemon=True).start()
-
-
-def parallel(function, tasks: list, workers: int, title: str) -> list:
-    """[function(task) for task in tasks] over processes; None for a task whose process died."""
-    context = multiprocessing.get_context("spawn" if os.name == "nt" else "forkserver")
-    context.set_forkserver_preload(["datasets.dicom"])  # so that a process starts in milliseconds
-    results = {}
-
-    def attempt(indices, count):
-        with ProcessPoolExecutor(count, context, _end_with_parent) as pool:
-            futures = {pool.submit(function, tasks[i]): i for i in indices}
+def _serve(function, pipe):
+    # A worker: lists of tasks in, lists of results (or what went wrong) out, until the other end is gone.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes; the parent ends the others
+    with suppress(EOFError, BrokenPipeError, ConnectionResetError):
+        while True:
+            tasks = pipe.recv()
             try:
-                for future in as_completed(futures):
-                    if not isinstance(future.exception(), BrokenProcessPool):
-                        results[futures[future]] = future.result()
-                        bar.update()
-            except (KeyboardInterrupt, OSError) as error:  # an OSError is a full disk: readers raise Refused
-                pool.shutdown(cancel_futures=True)
-                sys.exit(f"Stopped ({error!r}). What is written is whole; the same command does the rest.")
+                answer = [function(task) for task in tasks]
+            except Exception as error:
+                error.add_note(traceback.format_exc())
+                answer = error
+            pipe.send(answer)
+
+
+def parallel(function, tasks: list, workers: int, title: str, chunk: int = 8) -> list:
+    """[function(task) for task in tasks] over processes; None for a task whose process died.
+
+    A process gets up to `chunk` tasks at a time, as a message costs about as much as reading a header. Where it dies,
+    another gets them one by one.
+    """
+    context = multiprocessing.get_context("spawn" if os.name == "nt" else "forkserver")
+    context.set_forkserver_preload(["argparse", "datasets.formats", "datasets.slices", "tqdm"])  # starts in ms
+    chunk = max(1, min(chunk, len(tasks) // (4 * workers)))
+    waiting = deque(range(k, min(k + chunk, len(tasks))) for k in range(0, len(tasks), chunk))
+    results, processes, idle, busy = {}, {}, [], {}  # busy: {pipe to a process: range of tasks it has}
+
+    def start():
+        ours, theirs = context.Pipe()
+        processes[ours] = context.Process(target=_serve, args=(function, theirs), daemon=True)
+        processes[ours].start()
+        theirs.close()
+        return ours
 
     with tqdm(total=len(tasks), desc=title, disable=None) as bar:
-        while waiting := [i for i in range(len(tasks)) if i not in results]:
-            attempt(waiting, workers)
-            suspects = [i for i in waiting if i not in results][: 2 * workers + 2]
-            for i in suspects:  # what was under way when a process died: each gets a process of its own
-                attempt([i], 1)
-                results.setdefault(i, None)
+        try:
+            while waiting or busy:
+                while waiting and len(busy) < workers:
+                    pipe = idle.pop() if idle else start()
+                    busy[pipe] = waiting.popleft()
+                    with suppress(BrokenPipeError, ConnectionResetError):  # it died while idle: seen below
+                        pipe.send([tasks[i] for i in busy[pipe]])
+                for pipe in wait(list(busy)):
+                    indices = busy.pop(pipe)
+                    try:
+                        answer = pipe.recv()
+                    except (EOFError, OSError):
+                        if len(indices) > 1:
+                            waiting.extendleft(range(i, i + 1) for i in reversed(indices))
+                            continue
+                        answer = [None]
+                    else:
+                        idle.append(pipe)
+                    if isinstance(answer, Exception):
+                        raise answer
+                    results.update(zip(indices, answer, strict=True))
+                    bar.update(len(indices))
+        except (KeyboardInterrupt, OSError) as error:  # an OSError is a full disk: readers raise Refused
+            sys.exit(f"Stopped ({error!r}). What is written is whole; the same command does the rest.")
+        finally:
+            for pipe, process in processes.items():
+                pipe.close()
+                process.join()
     return [results[i] for i in range(len(tasks))]
 
 
@@ -228,7 +260,7 @@ def check_resume(out: Path, outputs: list[Output], shown: dict[str, str], option
     if other := [name for name in there if plan.get(name, "") != before["outputs"].get(name)]:
         sys.exit(f"{out} holds {len(other)} file(s) made from other input, such as {min(other)}; choose another --out.")
     with atomic(record) as partial:
-        partial.write_text(json.dumps({"options": options, "outputs": plan}, indent=0))
+        partial.write_text(json.dumps({"options": options, "outputs": plan}))
 
 
 def write_all(outputs: list[Output], out: Path, shown: dict, options: dict, workers: int, problems: list, hide) -> int:
@@ -238,14 +270,16 @@ def write_all(outputs: list[Output], out: Path, shown: dict, options: dict, work
         leftover.unlink()
     if outputs:
         check_resume(out, outputs, shown, options)
+    for folder in {one.folder for one in outputs}:
+        (out / folder).mkdir(exist_ok=True)
     tasks = defaultdict(list)  # one file's slices go together: it is decoded once
     for one in outputs:
-        (out / one.folder).mkdir(exist_ok=True)
         tasks[one.name if options["volumes"] else one.slices[0].path].append(one)
     jobs = [([(str(out / one.folder / one.name), one.slices) for one in group], options["size"], options["volumes"])
             for group in tasks.values()]
     rows = defaultdict(list)
-    for group, results in zip(tasks.values(), parallel(convert, jobs, workers, "Writing slices"), strict=True):
+    chunk = 8 * len(jobs) // max(1, len(outputs))  # a job of many slices goes alone
+    for group, results in zip(tasks.values(), parallel(convert, jobs, workers, "Writing slices", chunk), strict=True):
         if results is None:
             results = [(one.slices[:0], "", [(one.slices[0].path, "refused", DIED)]) for one in group]
         for one, (kept, sha256, found) in zip(group, results, strict=True):

@@ -1,4 +1,4 @@
-"""Small synthetic data: ellipses in HU, two patients of four slices a split."""
+"""Small synthetic data: ellipses in HU, two patients of four slices a split; DICOM files with any tags."""
 
 import os
 import subprocess
@@ -6,7 +6,9 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pydicom
 import pytest
+from pydicom.uid import ExplicitVRLittleEndian, RLELossless
 
 ROOT = Path(__file__).parent.parent
 
@@ -30,6 +32,41 @@ def write_slices(folder: Path, patients, count: int, size: int) -> Path:
         for i in range(count):
             np.save(folder / f"{patient}_{i:03d}.npy", body(size, 100 * p + i))
     return folder
+
+
+def make_dicom(path, side=16, pixels=None, syntax=ExplicitVRLittleEndian, remove=(), compress=False, damage=False,
+               **tags):
+    """Write a CT file whose values tell where they are; `tags` replace, `remove` deletes, RLE can be damaged."""
+    if pixels is None:
+        pixels = np.arange(side * side, dtype=np.uint16).reshape(side, side) % 3000
+    dataset = pydicom.Dataset()
+    dataset.file_meta = pydicom.dataset.FileMetaDataset()
+    dataset.file_meta.TransferSyntaxUID = syntax
+    bits = 8 * pixels.dtype.itemsize
+    values = {
+        "SOPClassUID": pydicom.uid.CTImageStorage, "SOPInstanceUID": pydicom.uid.generate_uid(), "Modality": "CT",
+        "PatientID": "SECRET-ID", "PatientName": "Topsecret^Jane", "SeriesInstanceUID": "1.2.3",
+        "StudyInstanceUID": "1.2", "InstanceNumber": 1, "ImageType": ["ORIGINAL", "PRIMARY", "AXIAL"],
+        "Rows": pixels.shape[-2], "Columns": pixels.shape[-1], "SamplesPerPixel": 1,
+        "PhotometricInterpretation": "MONOCHROME2", "BitsAllocated": bits, "BitsStored": bits, "HighBit": bits - 1,
+        "PixelRepresentation": int(pixels.dtype.kind == "i"), "RescaleSlope": 1, "RescaleIntercept": -1024,
+        "PixelSpacing": [0.7, 0.7], "ImagePositionPatient": [0, 0, 0], "ImageOrientationPatient": [1, 0, 0, 0, 1, 0],
+        "ConvolutionKernel": "B30f", "PixelData": pixels.tobytes()} | tags
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with pydicom.config.disable_value_validation():
+        dataset.update({key: value for key, value in values.items() if key not in remove})
+        if compress:
+            dataset.compress(RLELossless, generate_instance_uid=False)
+        if damage:  # the header says nothing of it
+            dataset.PixelData = pydicom.encaps.encapsulate([b"\xff" * 64])
+        dataset.save_as(path, enforce_file_format=True)
+    return pixels
+
+
+def make_series(folder, count=4, **tags):
+    for index in range(count):
+        place = {"ImagePositionPatient": [0, 0, 2.5 * index], "InstanceNumber": index}
+        make_dicom(folder / f"{index}.dcm", **place | tags)
 
 
 @pytest.fixture

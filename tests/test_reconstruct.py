@@ -9,8 +9,7 @@ import nibabel
 import numpy as np
 import pydicom
 import pytest
-from conftest import ROOT, body
-from test_prepare import make_dicom
+from conftest import ROOT, body, make_dicom
 from test_scanner import FAN, line_integrals
 
 from datasets import prepare
