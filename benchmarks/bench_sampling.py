@@ -1,13 +1,15 @@
 """Seconds per slice and PSNR of SPDPS as CvG-Diff published it and as this project runs it: same weights, one run.
 
-published: one slice at a time in fp32; D has an extra full-view pass and is computed twice a step, each time with
-operators built anew. Our kernels project in both, so the ratio is that of the procedure, not of torch-radon.
-ours: protocol cvg-official in batches, the full-view pass once a step, levels merged, operators kept.
+published: one slice at a time in fp32, weights in PyTorch's own layout; D has an extra full-view pass and is computed
+twice a step, each time with operators built anew. Our kernels project in both, so the ratio is that of the procedure,
+not of torch-radon.
+ours: protocol cvg-official in batches, weights channels last, the full-view pass once a step, levels merged, operators kept.
 paper's D: the same without the full-view pass (protocol cvg), against the same truth.
 Weights that were trained with data consistency get it in all rows.
 """
 
 import argparse
+import copy
 import sys
 import time
 from pathlib import Path
@@ -86,7 +88,8 @@ def main():
     for n in args.views:
         official, paper = Degradation(official=True), Degradation()
         fp32 = denoiser(network, clip=False)
-        rows = {"published": (fp32, Published(), official, 1), "ours": (fp32, official, official, args.batch),
+        plain = denoiser(copy.deepcopy(network).to(memory_format=torch.contiguous_format), clip=False)
+        rows = {"published": (plain, Published(), official, 1), "ours": (fp32, official, official, args.batch),
                 "ours, paper's D": (fp32, paper, paper, args.batch)}
         if args.bf16:
             rows["ours, bf16"] = (denoiser(network, clip=False, precision="bf16"), official, official, args.batch)

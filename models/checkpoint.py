@@ -124,7 +124,8 @@ def _misfit(expected: dict[str, torch.Tensor], found: dict[str, torch.Tensor]) -
 def load_checkpoint(path: str | Path, device: str = "cpu") -> tuple[UNet, dict]:
     """The network in evaluation mode and the header, from a .safetensors file of ours or a published pickle.
 
-    Exits with a sentence for a file that is neither, or whose weights do not fit.
+    Its weights lie channels last: convolutions then need no other layout of what they read, on CPU and GPU. Exits with
+    a sentence for a file that is neither, or whose weights do not fit.
     """
     path = Path(path)
     if not path.is_file():
@@ -140,7 +141,7 @@ def load_checkpoint(path: str | Path, device: str = "cpu") -> tuple[UNet, dict]:
         sys.exit(f"{path} holds weights of another architecture than the {config.width}-channel U-Net expected. "
                  f"Tensors: {misfit}. " + (f"They look like {like}." if like else "They look like no U-Net of ours."))
     network.load_state_dict(state)
-    return network.eval().to(device), header
+    return network.eval().to(device, memory_format=torch.channels_last), header
 
 
 def default_dc(header: dict) -> int:
@@ -153,16 +154,18 @@ def denoiser(network: UNet, clip: bool = True, precision: str = "fp32"):
 
     clip: keep estimates within what HU can be, [-1024, 3071]. Outside every window's range but for metal, and it keeps
     the errors of a long chain from growing without bound. The published procedure does not. precision: "fp32" or
-    "bf16", the network's arithmetic.
+    "bf16", the network's arithmetic. A CPU takes a few slices at a time, whose activations stay in its caches.
     """
     lowest, highest = (hu_to_mu(hu) for hu in HU_RANGE)
     device = next(network.parameters()).device
+    together = {"fp32": 2, "bf16": 4}[precision] if device.type == "cpu" else sys.maxsize
 
     @torch.no_grad()
     def denoise(x_t, views):
         t = torch.tensor([level_of(n) for n in views], dtype=torch.float32, device=device)
         with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
-            x0_hat = network(x_t, t)
+            parts = zip(x_t.split(together), t.split(together), strict=True)
+            x0_hat = torch.cat([network(x, level) for x, level in parts])
         return x0_hat.clamp(lowest, highest) if clip else x0_hat
 
     return denoise
