@@ -3,7 +3,8 @@
 published: one slice at a time in fp32, weights in PyTorch's own layout; D has an extra full-view pass and is computed
 twice a step, each time with operators built anew. Our kernels project in both, so the ratio is that of the procedure,
 not of torch-radon.
-ours: protocol cvg-official in batches, weights channels last, the full-view pass once a step, levels merged, operators kept.
+ours: protocol cvg-official in batches, weights channels last, the full-view pass once a step, levels merged,
+operators kept.
 paper's D: the same without the full-view pass (protocol cvg), against the same truth.
 Weights that were trained with data consistency get it in all rows.
 """
