@@ -1,5 +1,6 @@
 """The network against the published names, shapes and reference outputs."""
 
+import copy
 import json
 import zlib
 from pathlib import Path
@@ -67,3 +68,12 @@ def test_slices_of_a_batch_do_not_mix():
 def test_a_size_the_network_cannot_take_is_refused():
     with pytest.raises(ValueError, match="divisible by 16"):
         UNet(UNetConfig(width=32, stem=2))(torch.rand(1, 1, 40, 40), torch.tensor([0]))
+
+
+def test_channels_last_weights_give_the_same_to_rounding():
+    network, t = with_known_weights(UNetConfig(width=32)).eval(), torch.tensor([7.0])
+    x = 0.15 + 0.05 * torch.randn(1, 1, 128, 128, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        expected = copy.deepcopy(network).double()(x.double(), t)
+        found = network.to(memory_format=torch.channels_last)(x, t)
+    assert (found - expected).norm() <= 1e-5 * expected.norm()
