@@ -18,12 +18,12 @@ from tqdm import tqdm
 
 from datasets.slices import find_slices, fingerprint, patients_of, read_slices
 from models.baselines import BASELINES, TV_WEIGHT, sirt
-from models.checkpoint import check_methods, default_dc, denoiser, find_checkpoint, load_checkpoint
+from models.checkpoint import check_methods, default_dc, denoiser, find_checkpoint, load_checkpoint, placed
 from models.consistency import ITERATIONS, data_consistency
 from models.degradation import FULL_VIEWS, LEVELS, Degradation, levels_for
 from models.samplers import SAMPLERS
 from utils import distributed, figures
-from utils.device import check_device, default_device
+from utils.device import check_device, default_device, forget_peak, peak_memory
 from utils.files import atomic
 from utils.metrics import measure, vif
 from utils.results import append, open_results, table, write_csv
@@ -198,6 +198,8 @@ def write_tables(done, patients, run, args) -> list[dict]:
     if "tv" in args.methods:
         chosen = ", chosen on validation slices" if args.tv_weight == TV_WEIGHT else ""
         notes.append(f"tv: weight {args.tv_weight:g}{chosen}.")
+    kind = "main memory a process" if args.device == "cpu" else "GPU memory for tensors"
+    notes.append(f"At most {max(row['peak_gib'] for row in summary):.2f} GiB of {kind}.")
     text = table(summary, notes)
     with atomic(args.out / "table.md") as partial:
         partial.write_text(text + "\n")
@@ -232,7 +234,7 @@ def main(argv=None):
           f"consistency a call, {args.device}.")
 
     degrade = Degradation(start=args.start, official=official)
-    denoise = denoiser(network.to(device), clip=not official, precision=args.precision)
+    denoise = denoiser(placed(network, device, args.precision), clip=not official, precision=args.precision)
 
     def reconstruction(method, y, callback=None):
         given = options.get(method, {})
@@ -262,17 +264,20 @@ def main(argv=None):
                     if (n, len(batch)) not in warm:
                         warm.add((n, len(batch)))
                         warm_up(y, hu.shape[-1], denoise, degrade, iterations)
+                    forget_peak(device)
                     synchronize(device)
                     start = time.perf_counter()
                     x0_hat, nfe = reconstruction(method, y)
                     synchronize(device)
                     seconds = (time.perf_counter() - start) / len(batch)
+                    gib = peak_memory(device)
                     if args.save_images:
                         for name, x in zip(batch, x0_hat, strict=True):
                             save_image(image(method, n, name), x)
                     rows = rows_of(x0_hat, x0, args.windows, [
                         {"file": name, "patient": patients[i + j], "method": method, "views": n, "nfe": nfe[j],
-                         "seconds_per_slice": f"{seconds:.5f}"} for j, name in enumerate(batch)])
+                         "seconds_per_slice": f"{seconds:.5f}", "peak_gib": f"{gib:.3f}"}
+                        for j, name in enumerate(batch)])
                     append(args.out, rank, [row for slice_rows in rows for row in slice_rows])
                 bar.update()
     bar.close()

@@ -4,10 +4,11 @@ published: one slice at a time in fp32; D has an extra full-view pass and is com
 operators built anew. Our kernels project in both, so the ratio is that of the procedure, not of torch-radon.
 ours: protocol cvg-official in batches, the full-view pass once a step, levels merged, operators kept.
 paper's D: the same without the full-view pass (protocol cvg), against the same truth.
-Weights that were trained with data consistency get it in all rows.
+All rows have --dc iterations of data consistency, 0 as published unless the weights were trained with it.
 """
 
 import argparse
+import copy
 import sys
 import time
 from pathlib import Path
@@ -18,7 +19,7 @@ from torch_radon import RadonFanbeam
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from datasets.slices import find_slices, read_slices  # noqa: E402
-from models.checkpoint import default_dc, denoiser, find_checkpoint, load_checkpoint  # noqa: E402
+from models.checkpoint import default_dc, denoiser, find_checkpoint, load_checkpoint, placed  # noqa: E402
 from models.consistency import data_consistency  # noqa: E402
 from models.degradation import FULL_VIEWS, Degradation, equal_angles, levels_for, projector  # noqa: E402
 from models.samplers import spdps  # noqa: E402
@@ -70,12 +71,13 @@ def main():
     parser.add_argument("--batch", type=int, default=8, help="slices at once, ours")
     parser.add_argument("--views", type=int, nargs="+", default=[18])
     parser.add_argument("--device", default=default_device())
+    parser.add_argument("--dc", type=int, help="iterations of data consistency (default: as test.py)")
     parser.add_argument("--bf16", action="store_true", help="add rows with the network in bf16")
     args = parser.parse_args()
     check_device(args.device)
 
     network, header = load_checkpoint(find_checkpoint(args.checkpoint), args.device)
-    iterations = default_dc(header)
+    iterations = default_dc(header) if args.dc is None else args.dc
     files = find_slices(args.data, "test")
     spread = np.linspace(0, len(files) - 1, min(args.slices, len(files))).round().astype(int)
     _, hu = read_slices([files[i] for i in spread], network.config.multiple)
@@ -89,7 +91,8 @@ def main():
         rows = {"published": (fp32, Published(), official, 1), "ours": (fp32, official, official, args.batch),
                 "ours, paper's D": (fp32, paper, paper, args.batch)}
         if args.bf16:
-            rows["ours, bf16"] = (denoiser(network, clip=False, precision="bf16"), official, official, args.batch)
+            bf16 = denoiser(placed(copy.deepcopy(network), args.device, "bf16"), clip=False, precision="bf16")
+            rows["ours, bf16"] = (bf16, official, official, args.batch)
         first = None
         for name, (denoise, degrade, measurement, batch) in rows.items():
             y = measurement.project(x0, [n] * len(x0))

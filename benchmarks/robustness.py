@@ -145,7 +145,7 @@ def main(argv=None):
                                                   iterations, photons)
                         rows = rows_of(x0_hat, x0[part], WINDOWS[:1], [
                             {"file": file, "patient": patients[first + i], "method": method, "views": n, "nfe": nfe[i],
-                             "seconds_per_slice": "nan"} for i, file in enumerate(batch)])
+                             "seconds_per_slice": "nan", "peak_gib": "nan"} for i, file in enumerate(batch)])
                         append(args.out / name, 0, [row for slice_rows in rows for row in slice_rows])
                     bar.update(len(batch))
     bar.close()

@@ -42,29 +42,36 @@ def sirt(degrade, y, size, iterations=200, callback=None):
 
 
 @torch.no_grad()
-def tv(degrade, y, size, weight=TV_WEIGHT, iterations=200, callback=None):
+def tv(degrade, y, size, weight=TV_WEIGHT, iterations=150, callback=None):
     """Least squares with isotropic total variation: min over x >= 0 of |A x - y|^2/(2 n) + w sum |grad x|, n views.
 
     w = weight (size/256)^2, so that misfit and variation keep their proportion at other sizes. By the primal-dual
     algorithm of Chambolle & Pock (J. Math. Imaging Vis. 40, 2011, Alg. 1, theta = 1), as Sidky et al. (Phys. Med. Biol.
-    57, 2012) use it for CT, with the diagonal step sizes of Pock & Chambolle (ICCV 2011, Lemma 2, alpha = 1), which
-    need no norm of A. It starts from the FBP.
+    57, 2012) use it for CT, over-relaxed (Condat, J. Optim. Theory Appl. 158, 2013, Alg. 3.1), with the diagonal step
+    sizes of Pock & Chambolle (ICCV 2011, Lemma 2, alpha = 1), which need no norm of A. It starts from the FBP.
     """
     operator, target = _operator(degrade, y, size), torch.stack(y)
+    n = target.shape[-2]
+    limit = weight * (size / 256) ** 2 * n
+    # The dual variables grow with n, so their steps do: balance. The gradient's rows are scaled by 3 balance, which
+    # brings them to the size of A's. Both chosen on validation slices for 18 to 72 views; they change the speed alone.
+    balance = n / 36
     x = degrade.fbp(y, size).clamp_min(0)
     rows, columns = _sums(operator, x)
-    sigma, tau = _inverse(rows), 1 / (columns + 4)  # 4: the largest column sum of |grad|; its row sums are 2
-    limit = weight * (size / 256) ** 2 * target.shape[-2]
-    p, q, x_bar = torch.zeros_like(target), x.new_zeros(len(y), 2, size, size), x
+    sigma, sigma_grad = balance * _inverse(rows), 1.5 * balance**2  # row sums of |grad|: 2
+    tau = 1 / (balance * (columns + 12 * balance))                  # its largest column sum: 4
+    p, q = torch.zeros_like(target), x.new_zeros(len(y), 2, size, size)
     for _ in range(iterations):
-        p = (p + sigma * (operator.forward(x_bar) - target)) / (1 + sigma)
-        q = q + _gradient(x_bar) / 2
-        q = q * (limit / q.norm(dim=1, keepdim=True).clamp_min(limit))
-        x, previous = (x - tau * (operator.transpose(p) + _gradient_transpose(q))).clamp_min(0), x
-        x_bar = 2 * x - previous
+        x_new = torch.addcmul(x, tau, operator.transpose(p) + _gradient_transpose(q), value=-1).clamp_min_(0)
+        x_bar = 2 * x_new - x
+        p_new = (p + sigma * (operator.forward(x_bar) - target)) / (1 + sigma)
+        q_new = q.add(_gradient(x_bar), alpha=sigma_grad)
+        q_new *= limit / torch.hypot(*q_new.split(1, dim=1)).clamp_min(limit)
+        for old, new in ((x, x_new), (p, p_new), (q, q_new)):
+            old.lerp_(new, 1.9)
         if callback:
-            callback(x)
-    return x
+            callback(x_new)
+    return x_new
 
 
 def _operator(degrade, y, size) -> RadonFanbeam:

@@ -157,21 +157,32 @@ def default_dc(header: dict) -> int:
     return ITERATIONS if header.get("training", {}).get("preset", {}).get("dc", 0) else 0
 
 
+def placed(network: UNet, device: str, precision: str) -> UNet:
+    """The network on a device, its weights channels last where convolutions are faster so.
+
+    That is on a GPU, and in bf16 on a CPU; in fp32 a CPU's group norm of such images loses two digits.
+    """
+    faster = torch.device(device).type == "cuda" or precision == "bf16"
+    return network.to(device, memory_format=torch.channels_last if faster else torch.contiguous_format)
+
+
 def denoiser(network: UNet, clip: bool = True, precision: str = "fp32"):
     """denoise(x_t, views) for the samplers: R(x_t, t), t as the network was conditioned on view counts.
 
     clip: keep estimates within what HU can be, [-1024, 3071]. Outside every window's range but for metal, and it keeps
     the errors of a long chain from growing without bound. The published procedure does not. precision: "fp32" or
-    "bf16", the network's arithmetic.
+    "bf16", the network's arithmetic. A CPU takes a few slices at a time, whose activations stay in its caches.
     """
     lowest, highest = (hu_to_mu(hu) for hu in HU_RANGE)
     device = next(network.parameters()).device
+    together = {"fp32": 2, "bf16": 4}[precision] if device.type == "cpu" else sys.maxsize
 
     @torch.no_grad()
     def denoise(x_t, views):
         t = torch.tensor([condition(n, network.config.conditioning) for n in views], device=device)
         with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
-            x0_hat = network(x_t, t)
+            parts = zip(x_t.split(together), t.split(together), strict=True)
+            x0_hat = torch.cat([network(x, level) for x, level in parts])
         return x0_hat.clamp(lowest, highest) if clip else x0_hat
 
     return denoise

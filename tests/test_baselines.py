@@ -58,13 +58,13 @@ def test_tv_minimises_its_objective(phantoms):
     x = tv(DEGRADE, y, SIZE, weight, 400, callback=lambda x: seen.append(objective(x, y, weight)))
     start, reached = objective(fbp(DEGRADE, y, SIZE), y, weight), seen[-1]
     assert (reached < 0.5 * start).all() and (reached < objective(phantoms, y, weight)).all()
-    assert (seen[-1] > 0.99 * seen[199]).all(), "another 200 iterations change little"
+    assert (seen[-1] > 0.99 * seen[299]).all(), "another 100 iterations change little"
     generator = torch.Generator().manual_seed(0)
     for _ in range(5):  # no neighbour is better
         step = torch.nn.functional.interpolate(torch.randn(2, 1, 8, 8, generator=generator), size=SIZE) * 0.003
         assert (objective((x + step).clamp_min(0), y, weight) > reached).all()
     assert psnr(x, phantoms) > psnr(fbp(DEGRADE, y, SIZE), phantoms) + 5 and x.min() >= 0
-    assert objective(tv(DEGRADE, y, SIZE, 10.0, 200), y, 10.0).max() < objective(x, y, 10.0).min()
+    assert objective(tv(DEGRADE, y, SIZE, 10.0, 400), y, 10.0).max() < objective(x, y, 10.0).min()
 
 
 def test_the_gradients_transpose_is_one():

@@ -36,7 +36,8 @@ def test_holm():
 
 def rows(psnr, **more):
     return [{"width": w, "centre": c, "psnr": psnr + i, "ssim": 0.9, "rmse_hu": 10, "vif": "" if i else 0.5, "nfe": 3,
-             "seconds_per_slice": 1, **more} for i, (w, c) in enumerate([("3000", "500"), ("500.5", "50")])]
+             "seconds_per_slice": 1, "peak_gib": 2, **more}
+            for i, (w, c) in enumerate([("3000", "500"), ("500.5", "50")])]
 
 
 def table():

@@ -34,7 +34,8 @@ def test_tables_agree_with_the_metrics(data, checkpoint, tmp_path):
     text = run("test.py", "--data", data, "--out", out, "--checkpoint", checkpoint, "--views", 18, 72, "--batch", 3)
     summary = json.loads((out / "summary.json").read_text())
     assert len(summary) == 2 * 4 * 3 and {row["slices"] for row in summary} == {8}
-    assert " ".join(summary[0]).startswith("method views window psnr ssim rmse_hu nfe seconds_per_slice slices ")
+    assert " ".join(summary[0]).startswith("method views window psnr ssim rmse_hu nfe seconds_per_slice peak_gib ")
+    assert all(0.05 < row["peak_gib"] < 64 for row in summary) and "GiB of main memory" in text
     x = np.stack([np.load(f) for f in sorted((data / "test_img").glob("*.npy"))]).astype(np.float32)
     x0 = Degradation().full(hu_to_mu(torch.from_numpy(x))[:, None])
     expected = measure(Degradation()(x0, 18), x0, *WINDOWS[0])
@@ -51,8 +52,12 @@ def test_tables_agree_with_the_metrics(data, checkpoint, tmp_path):
     assert len(pairs) == 2 * 6 and all(float(row["p_holm"]) >= float(row["p_wilcoxon"]) for row in pairs)
 
 
+MACHINE = {"seconds_per_slice": 0, "peak_gib": 0}
+
+
 def timeless(path):
-    return [{k: v for k, v in row.items() if k != "seconds_per_slice"} for row in csv.DictReader(path.open())]
+    """Rows without what the machine made of them, time and memory."""
+    return [{k: v for k, v in row.items() if k not in MACHINE} for row in csv.DictReader(path.open())]
 
 
 def test_an_interrupted_run_resumes_to_the_same_table(data, checkpoint, tmp_path, call):
@@ -219,4 +224,4 @@ def test_processes_share_the_slices_and_give_the_same_tables(data, checkpoint, t
     assert text.count("8 slices of 32 x 32, checkpoint") == 1
     assert timeless(tmp_path / "two" / "results.csv") == timeless(tmp_path / "one" / "results.csv")
     one, two = (json.loads((tmp_path / name / "summary.json").read_text()) for name in ("one", "two"))
-    assert [row | {"seconds_per_slice": 0} for row in one] == [row | {"seconds_per_slice": 0} for row in two]
+    assert [row | MACHINE for row in one] == [row | MACHINE for row in two]

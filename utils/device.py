@@ -43,6 +43,17 @@ def memory(device: str) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
+def forget_peak(device: str) -> None:
+    """Start the measurement of `peak_memory` anew where that can be done, on a GPU."""
+    if torch.device(device).type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+
+
+def peak_memory(device: str) -> float:
+    """Most memory that tensors took since `forget_peak`, GiB; where the CPU computes, this process's peak so far."""
+    return torch.cuda.max_memory_allocated(device) / 2**30 if torch.device(device).type == "cuda" else memory(device)
+
+
 @contextmanager
 def memory_advice(batch: int, processes: int, accumulate: int):
     """Turn "out of GPU memory" into a sentence that says what to do."""

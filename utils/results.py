@@ -11,7 +11,7 @@ from pathlib import Path
 from utils.files import atomic
 
 COLUMNS = ("file", "patient", "method", "views", "width", "centre", "psnr", "ssim", "rmse_hu", "vif", "nfe",
-           "seconds_per_slice")
+           "seconds_per_slice", "peak_gib")
 
 
 def open_results(out: Path, run: dict) -> dict[tuple, list[dict]]:
@@ -37,7 +37,7 @@ def open_results(out: Path, run: dict) -> dict[tuple, list[dict]]:
             found = {}
             with open(table, newline="") as file:
                 for row in csv.DictReader(file, COLUMNS):
-                    if row["file"] != "file" and row["seconds_per_slice"]:  # a killed run may leave half a line
+                    if row["file"] != "file" and row["peak_gib"]:  # a killed run may leave half a line
                         found.setdefault((row["file"], row["method"], int(row["views"])), []).append(row)
             done.update({key: rows for key, rows in found.items() if len(rows) == len(run["windows"])})
     if parts:

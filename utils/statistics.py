@@ -43,12 +43,13 @@ def summarize(done: dict[tuple, list[dict]], patients: list[str], methods, views
             slices = [rows for (_, m, v), rows in done.items() if (m, v) == (method, n)]
             for rows in zip(*slices, strict=True):  # one window
                 value = {k: np.array([float(row[k] or "nan") for row in rows])
-                         for k in (*METRICS, "nfe", "seconds_per_slice")}
+                         for k in (*METRICS, "nfe", "seconds_per_slice", "peak_gib")}
                 mean = {k: None if np.isnan(v.mean()) else float(v.mean()) for k, v in value.items()}
                 summary.append({"method": method, "views": n,
                                 "window": [number(rows[0][k]) for k in ("width", "centre")],
                                 **{k: mean[k] for k in ("psnr", "ssim", "rmse_hu", "nfe", "seconds_per_slice")},
-                                "slices": len(rows), "patients": len(set(patients)), "vif": mean["vif"]})
+                                "peak_gib": float(value["peak_gib"].max()), "slices": len(rows),
+                                "patients": len(set(patients)), "vif": mean["vif"]})
                 for k in METRICS:
                     if mean[k] is not None:
                         summary[-1][f"{k}_std"] = float(value[k].std(ddof=1)) if len(rows) > 1 else None
