@@ -60,6 +60,8 @@ def parse(argv=None):
     parser.add_argument("--start", type=float, default=0.0, help="angle of the first view, radians")
     parser.add_argument("--dc", type=int, help="iterations of data consistency after every network call; 0 gives the "
                         f"published samplers (default: {ITERATIONS}, and 0 for weights that were trained without)")
+    parser.add_argument("--dc-pull", type=float, default=0.0,
+                        help="weight of a quadratic pull of data consistency towards the network's estimate")
     parser.add_argument("--semantic-budget", type=int, help="spdps: n (default 2 below 72 views, 1 from there on)")
     parser.add_argument("--refine-steps", type=int, default=4, help="spdps: m, network calls of the detail phase")
     parser.add_argument("--tau", type=float, default=0.97, help="spdps: SSIM at which anatomy counts as settled")
@@ -84,8 +86,8 @@ def parse(argv=None):
     for n in args.levels:
         if not 1 <= n <= FULL_VIEWS:
             parser.error(f"--levels {n}: expected 1 to {FULL_VIEWS}")
-    for name, least in {"batch": 1, "limit": 1, "dc": 0, "semantic_budget": 1, "refine_steps": 1, "seed": 0,
-                        "electronic": 0, "tv_weight": 0, "photons": 1}.items():
+    for name, least in {"batch": 1, "limit": 1, "dc": 0, "dc_pull": 0, "semantic_budget": 1, "refine_steps": 1,
+                        "seed": 0, "electronic": 0, "tv_weight": 0, "photons": 1}.items():
         value = getattr(args, name)
         if value is not None and not least <= value < math.inf:
             parser.error(f"--{name.replace('_', '-')} {value}: expected a number of at least {least}")
@@ -118,15 +120,15 @@ def measured(x0, n_views: int, names, degrade, args) -> list[torch.Tensor]:
 
 
 @torch.no_grad()
-def reconstruct(method: str, y, size: int, denoise, degrade, iterations: int, photons=None, callback=None,
-                among=LEVELS, **options):
+def reconstruct(method: str, y, size: int, denoise, degrade, iterations: int, photons=None, pull=0.0,
+                callback=None, among=LEVELS, **options):
     """x0_hat (B, 1, size, size) and calls of each slice from measured sinograms of one view count, nothing else.
 
-    iterations, photons: of data consistency; among: levels of a chain; callback and options are the method's.
+    iterations, photons, pull: of data consistency; among: levels of a chain; callback and options are the method's.
     """
     if method in BASELINES:
         return BASELINES[method](degrade, y, size, **options), [0] * len(y)
-    dc = data_consistency(degrade, y, iterations, photons)
+    dc = data_consistency(degrade, y, iterations, photons, pull)
     levels = levels_for(y[0].shape[-2], among)
     return SAMPLERS[method](denoise, degrade, degrade.fbp(y, size), levels, callback, dc, **options)
 
@@ -223,7 +225,7 @@ def main(argv=None):
     options = {"spdps": {"semantic_budget": args.semantic_budget, "refine_steps": args.refine_steps, "tau": args.tau},
                "tv": {"weight": args.tv_weight}}
     run = {"checkpoint": hashlib.sha256(checkpoint.read_bytes()).hexdigest()[:16], "data": fingerprint(files, hu),
-           "protocol": "cvg-official" if official else "cvg", "dc": iterations,
+           "protocol": "cvg-official" if official else "cvg", "dc": iterations, "pull": args.dc_pull,
            **{k: getattr(args, k) for k in ("methods", "views", "levels", "windows", "start", "photons", "electronic",
                                             "seed", "batch", "precision", "device")},
            **{k: v for k, v in options.items() if k in args.methods}}
@@ -240,7 +242,7 @@ def main(argv=None):
         given = options.get(method, {})
         if method in SAMPLERS:
             given = given | {"callback": callback, "among": args.levels}
-        return reconstruct(method, y, hu.shape[-1], denoise, degrade, iterations, args.photons, **given)
+        return reconstruct(method, y, hu.shape[-1], denoise, degrade, iterations, args.photons, args.dc_pull, **given)
 
     def image(method, n, name):
         return args.out / "images" / f"{method}_{n}views" / name

@@ -1,4 +1,4 @@
-"""Data consistency: estimates brought back to the measured sinogram by conjugate gradients (README, "Method")."""
+"""Estimates brought back to the measured sinogram by conjugate gradients (README, "Data consistency")."""
 
 import torch
 from torch_radon.solvers import cgne
@@ -10,7 +10,8 @@ from utils.units import pixel_cm
 ITERATIONS = 16
 
 
-def data_consistency(degrade: Degradation, y: list[torch.Tensor], iterations: int, photons: float | None = None):
+def data_consistency(degrade: Degradation, y: list[torch.Tensor], iterations: int, photons: float | None = None,
+                     pull: float = 0.0):
     """dc(x0_hat, slices): `iterations` of CG on min |P_n x - y|^2 from the estimates x0_hat (B, 1, H, W) of `slices`.
 
     y: measured sinograms, (1, n, bins) each. The correction lies in the range of P_n^T: what the measurement does not
@@ -20,6 +21,8 @@ def data_consistency(degrade: Degradation, y: list[torch.Tensor], iterations: in
     sigma instead of its square keeps the rays through air, where there is nothing to correct, from deciding; and the
     iterations stay unweighted, since a weighted fit comes to the dark rays, which streak, last. Sequential sampling
     gains 9 dB at 18 views and 0.8 at 72 over both with 1/sigma^2 (two validation slices, 1e4 photons).
+    pull: adds n pull |x - x0_hat|^2 to what is minimised: the proximal form. Off unless asked for: on validation slices
+    0.3 gained 0.5 dB at 72 views and 1e5 photons and nothing elsewhere, and 3 lost up to 1 dB.
     """
     @torch.no_grad()
     def dc(x0_hat, slices):
@@ -31,7 +34,7 @@ def data_consistency(degrade: Degradation, y: list[torch.Tensor], iterations: in
             if photons:
                 sigma = deviation(measured, photons, pixel_cm(x.shape[-1]))
                 noise = {"target": sigma.sum((-2, -1), keepdim=True), "target_weights": 1 / sigma}
-            x[group] = cgne(operator, x0_hat[group], measured, max_iter=iterations, **noise)
+            x[group] = cgne(operator, x0_hat[group], measured, max_iter=iterations, damp=(n * pull)**0.5, **noise)
         return x
 
     return dc if iterations else None

@@ -47,6 +47,21 @@ def test_agrees_with_lsqr(truth):
         assert np.linalg.norm(found - expected) <= 1e-6 * np.linalg.norm(expected)
 
 
+def test_the_pull_is_the_proximal_map(truth):
+    """argmin |P x - y|^2 + n c |x - x0_hat|^2: LSQR's damped solution; a strong pull moves nothing."""
+    y, start, n, c = DEGRADE.project(truth[:1].double(), [9]), truth[1:2].double(), 9, 0.7
+    operator, bins = projector(32, equal_angles(n)), y[0].shape[-1]
+    A = LinearOperator((bins * n, 32 * 32), dtype=np.float64,
+                       matvec=lambda v: operator.forward(torch.from_numpy(v.reshape(32, 32))).numpy().ravel(),
+                       rmatvec=lambda v: operator.transpose(torch.from_numpy(v.reshape(n, bins))).numpy().ravel())
+    x0_hat = start.numpy().ravel()
+    step = lsqr(A, y[0].numpy().ravel() - A.matvec(x0_hat), damp=(n * c)**0.5, iter_lim=200, atol=0, btol=0)[0]
+    found = data_consistency(DEGRADE, y, 200, pull=c)(start, [0]).numpy().ravel() - x0_hat
+    assert np.linalg.norm(found - step) <= 2e-3 * np.linalg.norm(step)  # where CG stops
+    strong = data_consistency(DEGRADE, y, 200, pull=1e9)(start, [0])
+    torch.testing.assert_close(strong, start, rtol=0, atol=1e-6)
+
+
 def test_residuals_fall_with_every_iteration(truth):
     y = DEGRADE.project(truth, [18, 36, 72])
     found = np.array([residuals(data_consistency(DEGRADE, y, k)(0.5 * truth, [0, 1, 2]), y) for k in (1, 2, 4, 8, 16)])
