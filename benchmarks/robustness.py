@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from datasets.slices import find_slices, fingerprint, patients_of, read_slices  # noqa: E402
-from models.checkpoint import denoiser, find_checkpoint, load_checkpoint  # noqa: E402
+from models.checkpoint import denoiser, find_checkpoint, load_checkpoint, placed  # noqa: E402
 from models.consistency import ITERATIONS  # noqa: E402
 from models.degradation import Degradation, equal_angles, projector  # noqa: E402
 from models.samplers import SAMPLERS  # noqa: E402
@@ -84,6 +84,7 @@ def parse(argv=None):
     parser.add_argument("--seed", type=int, default=0, help="of the noise")
     parser.add_argument("--limit", type=int, help="this many slices, evenly spread over the folder")
     parser.add_argument("--batch", type=int, default=4)
+    parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="of the network alone")
     parser.add_argument("--device", default=default_device())
     args = parser.parse_args(argv)
     for name, least in {"views": 1, "photons": 1, "dc": 1, "seed": 0, "limit": 1, "batch": 1}.items():
@@ -122,11 +123,12 @@ def main(argv=None):
     files, hu = read_slices([files[i] for i in spread], network.config.multiple)
     names, patients = [f.name for f in files], patients_of(files)
     official = header.get("protocol") == "cvg-official"
-    degrade, denoise = Degradation(official=official), denoiser(network, clip=not official)
+    degrade = Degradation(official=official)
+    denoise = denoiser(placed(network, args.device, args.precision), not official, args.precision)
     methods = ["fbp", *(m + suffix for m in args.methods for suffix in ("", DC))]
     run = {"checkpoint": hashlib.sha256(checkpoint.read_bytes()).hexdigest()[:16], "data": fingerprint(files, hu),
            "methods": methods, "windows": WINDOWS[:1], "slices": len(names),
-           **{k: getattr(args, k) for k in ("views", "dc", "seed", "batch", "device")}}
+           **{k: getattr(args, k) for k in ("views", "dc", "seed", "batch", "precision", "device")}}
     scanners = measurements(args.photons, args.seed)
     done = {name: open_results(args.out / name, run) for name in scanners}
     x0 = degrade.full(hu_to_mu(torch.from_numpy(hu))[:, None].to(args.device))
