@@ -23,7 +23,7 @@ from models.checkpoint import load_checkpoint, save_checkpoint
 from models.cost import cost, describe
 from models.degradation import FULL_VIEWS, LEVELS, Degradation
 from models.dropout import seed_dropout
-from models.epct import begin, hop, loss, network_input, views_of
+from models.epct import begin, hop, loss, network_input
 from models.presets import COMPUTATION, PRESETS, Preset
 from models.samplers import SAMPLERS
 from models.schedule import budget, forward_calls, inputs_of, learning_rate, update_ema, validation_due
@@ -211,7 +211,7 @@ def main(argv=None):
                             losses = loss(x0_hat, chain.x0, preset.loss, preset.scale)
                         (losses.sum() * weight / (inputs if preset.combined else 1)).backward()
                     chain.x0_hat = x0_hat.detach()
-                    taken.append(([number] * len(losses), chain.part.slices, views_of(chain.t), losses.detach()))
+                    taken.append(([number] * len(losses), chain.part.slices, chain.views, losses.detach()))
                 if not whole:
                     continue
                 lr = learning_rate(preset, step, steps, first // count)

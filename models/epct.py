@@ -21,14 +21,17 @@ def measured_level(u: float, focus: float) -> int:
     return int((u - focus) / (1 - focus) * len(LEVELS))
 
 
-def views_of(levels: list[int]) -> list[int]:
-    """View counts n_t of published levels t."""
-    return [LEVELS[t] for t in levels]
+def measured_views(u: float, focus: float, between: float) -> int:
+    """Views n_T of a measurement from a uniform draw u: with probability `between` one of 18, 24, 30, ..., 288,
+    log-uniformly, else those of a `measured_level`."""
+    if u < between:
+        return 6 * round(LEVELS[-1] / 6 * (LEVELS[0] / LEVELS[-1]) ** (u / between))
+    return LEVELS[measured_level((u - between) / (1 - between), focus)]
 
 
-def conditioning(levels: list[int], kind: str, like: torch.Tensor) -> torch.Tensor:
-    """Levels t as the network takes them, (B,) float32."""
-    return torch.tensor([condition(n, kind) for n in views_of(levels)], device=like.device)
+def conditioning(views: list[int], kind: str, like: torch.Tensor) -> torch.Tensor:
+    """View counts as the network takes them, (B,) float32."""
+    return torch.tensor([condition(n, kind) for n in views], device=like.device)
 
 
 def loss(x0_hat: torch.Tensor, x0: torch.Tensor, kind: str, scale: float) -> torch.Tensor:
@@ -57,6 +60,12 @@ def _radii(size: int, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
     return radii / radii.mean()
 
 
+def denser_views(n: int, uniform, jumps: float) -> int:
+    """Views of the level after n views: `denser_level` among the published levels denser than n."""
+    t = sum(level > n for level in LEVELS)
+    return LEVELS[denser_level(t, uniform, jumps)] if t else n
+
+
 def denser_level(t: int, uniform, jumps: float) -> int:
     """The level after t: t' ~ U{0..t-1} with probability `jumps`, else t - 1. A chain at level 0 stays there."""
     if t == 0:
@@ -65,20 +74,20 @@ def denser_level(t: int, uniform, jumps: float) -> int:
 
 
 @torch.no_grad()
-def compose(degrade: Degradation, x_t: torch.Tensor, t: list[int], x0_hat: torch.Tensor, s: list[int],
+def compose(degrade: Degradation, x_t: torch.Tensor, n_t: list[int], x0_hat: torch.Tensor, n_s: list[int],
             update: str) -> torch.Tensor:
-    """The composed input at level s, which carries the errors of x0_hat.
+    """The composed input of n_s views, which carries the errors of x0_hat.
 
     update: "shift", the published x_t - D(x0_hat, n_t) + D(x0_hat, n_s), and x0_hat itself at t = 0; or "naive",
     D(x0_hat, n_s).
     """
     if update == "naive":
-        return degrade(x0_hat, views_of(s))
-    return torch.where(_at_level_0(t, x_t), x0_hat, degrade.shift(x_t, x0_hat, views_of(t), views_of(s)))
+        return degrade(x0_hat, n_s)
+    return torch.where(_at_level_0(n_t, x_t), x0_hat, degrade.shift(x_t, x0_hat, n_t, n_s))
 
 
-def _at_level_0(t: list[int], like: torch.Tensor) -> torch.Tensor:
-    return torch.tensor([level == 0 for level in t], device=like.device).view(-1, 1, 1, 1)
+def _at_level_0(n_t: list[int], like: torch.Tensor) -> torch.Tensor:
+    return torch.tensor([n >= LEVELS[0] for n in n_t], device=like.device).view(-1, 1, 1, 1)
 
 
 @dataclass
@@ -90,7 +99,7 @@ class Chain:
     degrade: Degradation
     dc: Callable | None           # data consistency with the measurements
     x_t: torch.Tensor             # the network's input now
-    t: list[int]                  # and its levels
+    views: list[int]              # and its view counts
     x0_hat: torch.Tensor | None = None  # the last estimate
     pure: torch.Tensor | None = None    # where x_t is an estimate itself and has no residual, (B, 1, 1, 1)
 
@@ -100,9 +109,9 @@ def begin(part: Part, degrade: Degradation, preset: Preset, seed: int, device: s
     x0 = part.x.to(device, non_blocking=True)
     if preset.deforms:
         x0 = degrade.full(deform(x0, part.indices, seed, preset.rotate, preset.zoom, preset.translate))
-    T = [measured_level(u[0], preset.focus) for u in part.uniform]
-    dc = data_consistency(degrade, degrade.project(x0, views_of(T)), preset.dc) if preset.dc else None
-    return Chain(part, x0, degrade, dc, degrade(x0, views_of(T)), T)
+    n_T = [measured_views(u[0], preset.focus, preset.between) for u in part.uniform]
+    dc = data_consistency(degrade, degrade.project(x0, n_T), preset.dc) if preset.dc else None
+    return Chain(part, x0, degrade, dc, degrade(x0, n_T), n_T)
 
 
 def hop(chain: Chain, number: int, preset: Preset) -> None:
@@ -110,10 +119,10 @@ def hop(chain: Chain, number: int, preset: Preset) -> None:
     x0_hat = torch.where(chain.x0_hat.isfinite(), chain.x0_hat, chain.x_t)  # what was not finite took no part either
     if chain.dc:
         x0_hat = chain.dc(x0_hat, range(len(x0_hat)))
-    s = [denser_level(t, u[2 * number - 1:2 * number + 1], preset.jumps)
-         for t, u in zip(chain.t, chain.part.uniform, strict=True)]
-    chain.pure = _at_level_0(chain.t, chain.x_t) if preset.update == "shift" else None
-    chain.x_t, chain.t = compose(chain.degrade, chain.x_t, chain.t, x0_hat, s, preset.update), s
+    n_s = [denser_views(n, u[2 * number - 1:2 * number + 1], preset.jumps)
+           for n, u in zip(chain.views, chain.part.uniform, strict=True)]
+    chain.pure = _at_level_0(chain.views, chain.x_t) if preset.update == "shift" else None
+    chain.x_t, chain.views = compose(chain.degrade, chain.x_t, chain.views, x0_hat, n_s, preset.update), n_s
 
 
 def network_input(chain: Chain, network, preset: Preset) -> tuple[torch.Tensor, torch.Tensor]:
@@ -122,14 +131,14 @@ def network_input(chain: Chain, network, preset: Preset) -> tuple[torch.Tensor, 
     The second channel is ReCo-Diff's tanh(x_t - D(x0_hat, n_t)), x0_hat = R([x_t, 0], t) without gradient; 0 where x_t
     is an estimate itself (arXiv 2603.02691).
     """
-    t = conditioning(chain.t, preset.conditioning, chain.x_t)
+    t = conditioning(chain.views, preset.conditioning, chain.x_t)
     if preset.channels == 1:
         return chain.x_t, t
     with torch.no_grad():
         x0_hat = network(chain.x_t, t)
         x0_hat = torch.where(x0_hat.isfinite(), x0_hat, chain.x_t)
     with torch.autocast(t.device.type, enabled=False):
-        residual = torch.tanh(chain.x_t - chain.degrade(x0_hat, views_of(chain.t)))
+        residual = torch.tanh(chain.x_t - chain.degrade(x0_hat, chain.views))
     if chain.pure is not None:
         residual = residual.masked_fill(chain.pure, 0)
     return torch.cat([chain.x_t, residual], dim=1), t

@@ -35,6 +35,7 @@ class Preset:
     update: str = "shift"          # shift: x_t - D(x0_hat, n_t) + D(x0_hat, n_s) | naive: D(x0_hat, n_s)
     dc: int = 0                    # iterations of data consistency on an estimate before it is composed
     focus: float = 0.0             # share of measurements drawn at 18, 36 or 72 views; the others at any level
+    between: float = 0.0           # share of measurements with 18, 24, 30, ..., 288 views instead of a level's
     loss: str = "mse"              # mse | rmse | charbonnier | spectral, of each slice
     combined: bool = False         # one optimizer step a batch, on the mean loss of its inputs
     rollout: str = "ema"           # whose estimate a hop uses: ema | own (that of the training call: no extra call)
@@ -71,10 +72,9 @@ class Preset:
                             "accumulate": 1}.items():
             if getattr(self, name) < least:
                 raise ValueError(f"{name} is {getattr(self, name)}; expected {least} or more")
-        if not 0 <= self.focus < 1:
-            raise ValueError(f"focus is {self.focus}; expected a share from 0 to below 1")
-        if not 0 <= self.zoom < 1:
-            raise ValueError(f"zoom is {self.zoom}; expected a share from 0 to below 1")
+        for name in ("focus", "between", "zoom"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; expected a share from 0 to below 1")
         if self.channels not in (1, 2):
             raise ValueError(f"channels is {self.channels}; expected 1, or 2 for the residual channel")
         if self.width % 32:

@@ -6,7 +6,7 @@ import torch
 
 import train
 from models.degradation import LEVELS, Degradation, condition
-from models.epct import denser_level, loss, measured_level
+from models.epct import denser_level, denser_views, loss, measured_level, measured_views
 from models.presets import PRESETS
 from models.schedule import forward_calls
 from models.unet import UNet
@@ -25,6 +25,18 @@ def test_a_chain_without_jumps_goes_level_by_level_and_stays_at_the_densest():
     for u in uniform:
         chain.append(denser_level(chain[-1], u, jumps=0.0))
     assert chain == [3, 2, 1, 0, 0, 0]
+
+
+def test_measurements_between_the_levels():
+    """Log-uniform among multiples of six; a chain goes on through the published levels, and stays at the densest."""
+    draws = [measured_views(u, 0.0, 0.5) for u in (np.arange(8000) + 0.5) / 8000]
+    between, levels = np.array(draws[:4000]), draws[4000:]
+    assert (between.min(), between.max()) == (18, 288) and (between % 6 == 0).all()
+    assert abs((between < 72).mean() - 0.5) < 0.02, "72 is the geometric mean of 18 and 288"
+    assert {n: levels.count(n) for n in LEVELS} == dict.fromkeys(LEVELS, 500)
+    u = np.array([0.9, 0.0])
+    assert [denser_views(n, u, jumps=0.5) for n in (18, 24, 60, 72, 240, 288)] == [36, 36, 72, 126, 288, 288]
+    assert denser_views(24, np.array([0.1, 0.0]), jumps=0.5) == 288
 
 
 def test_rmse_weighs_slices_alike():

@@ -55,10 +55,10 @@ def test_composed_inputs():
     torch.manual_seed(0)
     x_t, x0_hat = torch.rand(2, 2, 1, 32, 32)
     degrade = Degradation()
-    found = compose(degrade, x_t, [7, 0], x0_hat, [5, 0], "shift")
+    found = compose(degrade, x_t, [18, 288], x0_hat, [54, 288], "shift")
     shifted = x_t[:1] - degrade(x0_hat[:1], 18) + degrade(x0_hat[:1], 54)
     torch.testing.assert_close(found, torch.cat([shifted, x0_hat[1:]]), rtol=1e-4, atol=1e-5)
-    found = compose(degrade, x_t, [7, 3], x0_hat, [5, 2], "naive")
+    found = compose(degrade, x_t, [18, 126], x0_hat, [54, 180], "naive")
     torch.testing.assert_close(found, torch.cat([degrade(x0_hat[:1], 54), degrade(x0_hat[1:], 180)]))
 
 
@@ -87,8 +87,8 @@ def test_paper_steps_twice_a_batch_with_the_ema_as_it_stands(data, tmp_path, mon
         assert restore[0] is composed[0] and estimate[0] is not restore[0] and estimate[0].training
         assert len(set(restore[2])) == len(set(composed[2])) == 1
         assert torch.equal(estimate[1], restore[1])
-        T, s = [int(t) for t in restore[2]], [int(t) for t in composed[2]]
-        expected = compose(Degradation(), restore[1], T, estimate[3], s, "shift")
+        n_T, n_s = ([LEVELS[int(t)] for t in call[2]] for call in (restore, composed))
+        expected = compose(Degradation(), restore[1], n_T, estimate[3], n_s, "shift")
         torch.testing.assert_close(composed[1], expected)
 
 
