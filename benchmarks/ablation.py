@@ -9,6 +9,7 @@ that was stopped goes on: the same command prints the whole table. Rows can be s
 
 import argparse
 import json
+import re
 import shlex
 import subprocess
 import sys
@@ -88,7 +89,7 @@ def affordable(preset: Preset, count: int, size: int, pflop: float) -> int:
 def run(args, row: str, seed: int) -> Path:
     """Train and evaluate one row; the folder of its results."""
     trains, tests = ROWS[row]
-    out = args.out / f"{row.replace(' ', '_').replace('/', '-')}-{seed}"
+    out = args.out / f"{re.sub(r'[^a-z0-9]+', '-', row.lower())}-{seed}"
     flags = ["--preset", "tiny", *shlex.split(args.train), *shlex.split(trains), "--seed", str(seed)]
     if (out / "test" / "summary.json").is_file() or args.table:
         return out / "test"
