@@ -76,7 +76,7 @@ def reco(denoise, degrade, x_T, levels, callback=None, dc=None):
 
 
 def spdps(denoise, degrade, x_T, levels, callback=None, dc=None, *,
-          semantic_budget=None,   # n: passes of the semantic phase; None: 2 below 72 views, 1 from there on
+          semantic_budget=None,   # n: passes of the semantic phase; None: 2 below 72 views, 1 from there on or with dc
           refine_steps=4,         # m: network calls of the detail phase
           tau=0.97,               # SSIM between successive estimates at which anatomy counts as settled
           similarity=headline_ssim):
@@ -90,7 +90,8 @@ def spdps(denoise, degrade, x_T, levels, callback=None, dc=None, *,
     last_jump = min(refine_steps, top + 1) - 1
     x, out, previous = x_T.clone(), torch.empty_like(x_T), torch.empty_like(x_T)
     level, nfe, compare, refining = ([value] * len(x) for value in (top, 0, False, False))
-    budget = [semantic_budget or (2 if levels[-1] < 72 else 1)] * len(x)
+    # With dc a restart gains nothing on validation slices, and at 24 views it makes chains of the shipped weights diverge.
+    budget = [semantic_budget or (2 if levels[-1] < 72 and dc is None else 1)] * len(x)
     active = list(range(len(x)))
     while active:
         views = [levels[level[i]] for i in active]
