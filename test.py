@@ -62,8 +62,8 @@ def parse(argv=None):
                         f"published samplers (default: {ITERATIONS}, and 0 for weights that were trained without)")
     parser.add_argument("--dc-pull", type=float, default=0.0,
                         help="weight of a quadratic pull of data consistency towards the network's estimate")
-    parser.add_argument("--semantic-budget", type=int, help="spdps: n (default 2 below 72 views, 1 from there on
-                        and with data consistency)")
+    parser.add_argument("--semantic-budget", type=int,
+                        help="spdps: n (default 2 below 72 views, 1 from there on and with data consistency)")
     parser.add_argument("--refine-steps", type=int, default=4, help="spdps: m, network calls of the detail phase")
     parser.add_argument("--tau", type=float, default=0.97, help="spdps: SSIM at which anatomy counts as settled")
     parser.add_argument("--tv-weight", type=float, default=TV_WEIGHT,

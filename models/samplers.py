@@ -90,7 +90,7 @@ def spdps(denoise, degrade, x_T, levels, callback=None, dc=None, *,
     last_jump = min(refine_steps, top + 1) - 1
     x, out, previous = x_T.clone(), torch.empty_like(x_T), torch.empty_like(x_T)
     level, nfe, compare, refining = ([value] * len(x) for value in (top, 0, False, False))
-    # With dc a restart gains nothing on validation slices, and at 24 views it makes chains of the shipped weights diverge.
+    # With dc a restart gains nothing on validation slices, and at 24 views the shipped weights diverge after it.
     budget = [semantic_budget or (2 if levels[-1] < 72 and dc is None else 1)] * len(x)
     active = list(range(len(x)))
     while active:
