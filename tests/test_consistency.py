@@ -172,7 +172,7 @@ def test_another_truth_with_the_same_measurement_changes_no_bit(data, tmp_path, 
     for i in range(2):
         out = tmp_path / str(i)
         call(evaluation.main, "--data", data, "--views", 54, "--batch", 2, "--dc", 4, "--photons", 1e5, "--out", out,
-             "--save-images", "--methods", *evaluation.METHODS)
+             "--save-images", "--methods", *(m for m in evaluation.METHODS if m != "reco"))
         images.append({file.relative_to(out): file.read_bytes() for file in (out / "images").rglob("*.npy")})
         tables.append([row["psnr"] for row in csv.DictReader((out / "results.csv").open())])
         for file in (data / "test_img").glob("*.npy"):
