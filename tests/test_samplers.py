@@ -110,3 +110,15 @@ def test_reco_calls_twice_a_level_and_restarts_once(views, calls, slices):
         torch.testing.assert_close(seen[4][1], restarted)
         assert residuals[0].shape[1] == 0
         torch.testing.assert_close(residuals[1], torch.tanh(x_T - degrade(0.9 * x_T, 72)))
+
+
+def test_spdps_restarts_only_without_data_consistency(slices):
+    """Two estimates a pass of the semantic phase and four of detail; the budget given counts either way."""
+    def nfe(**options):
+        return spdps(smooth, Degradation(), slices[:1], levels_for(18), similarity=lambda a, b: torch.ones(len(a)),
+                     **options)[1]
+
+    def dc(x0_hat, slices):
+        return x0_hat
+
+    assert (nfe(), nfe(dc=dc), nfe(dc=dc, semantic_budget=2)) == ([8], [6], [8])
