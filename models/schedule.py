@@ -22,8 +22,8 @@ def steps_of(preset: Preset, step: int) -> int:
 def forward_calls(preset: Preset, inputs: int) -> int:
     """Cost of a slice's `inputs` in forward calls: a backward call costs two, the EMA's estimate and the first pass
     that fills a residual channel one each."""
-    return 3 * inputs + ((inputs - 1) * (preset.rollout == "ema") + inputs * (preset.channels == 2)
-                         + (inputs - 1) * (preset.rollout == "ema" and preset.channels == 2))
+    two = preset.channels == 2
+    return inputs * (3 + two) + (inputs - 1) * (1 + two) * (preset.rollout == "ema")
 
 
 def budget(preset: Preset, count: int) -> tuple[int, int, int]:
