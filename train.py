@@ -95,7 +95,7 @@ def build(args, preset: Preset, device: str, dtype: torch.dtype, run: dict):
     network = UNet(preset.network()).to(device, dtype)
     if args.init:
         weights, _ = load_checkpoint(args.init, device)
-        if weights.config != network.config:
+        if replace(weights.config, conditioning=preset.conditioning) != network.config:
             sys.exit(f"{args.init} holds another architecture than --preset {args.preset}; repeat the flags that made "
                      "it.")
         network.load_state_dict(weights.state_dict())

@@ -19,9 +19,12 @@ def level_of(n_views: int) -> int:
 
 
 def condition(n_views: int, kind: str) -> float:
-    """What tells the network how many views a slice has: t of the nearest published level, or, with "log-views",
-    7 log(288/n)/log(16), which runs from 0 to 7 between the same ends and knows every count apart."""
-    return float(level_of(n_views)) if kind == "level" else 7 * math.log(LEVELS[0] / n_views) / math.log(16)
+    """What tells the network how many views a slice has: t of the nearest published level or, with "log-views", t
+    interpolated between the two nearest in log views, so that weights trained on levels can go on with every count.
+    """
+    if kind == "level":
+        return float(level_of(n_views))
+    return float(np.interp(-math.log(n_views), [-math.log(n) for n in LEVELS], range(len(LEVELS))))
 
 
 def levels_for(n_views: int, among: Iterable[int] = LEVELS) -> tuple[int, ...]:

@@ -22,10 +22,11 @@ def measured_level(u: float, focus: float) -> int:
 
 
 def measured_views(u: float, focus: float, between: float) -> int:
-    """Views n_T of a measurement from a uniform draw u: with probability `between` one of 18, 24, 30, ..., 288,
-    log-uniformly, else those of a `measured_level`."""
+    """Views n_T of a measurement from a uniform draw u: with probability `between` any count from 18 to 288, the angle
+    between two views uniform, else those of a `measured_level`."""
     if u < between:
-        return 6 * round(LEVELS[-1] / 6 * (LEVELS[0] / LEVELS[-1]) ** (u / between))
+        densest, sparsest = 1 / LEVELS[0], 1 / LEVELS[-1]
+        return round(1 / (sparsest - u / between * (sparsest - densest)))
     return LEVELS[measured_level((u - between) / (1 - between), focus)]
 
 

@@ -13,7 +13,7 @@ class Preset:
     blocks: int = 2                # residual blocks a resolution going down; one more going up
     stem: int = 1                  # pixel-unshuffle factor before the network
     channels: int = 1              # 2: ReCo-Diff's residual channel, filled by a first pass without gradient
-    conditioning: str = "level"    # level: the published index t | log-views: continuous
+    conditioning: str = "level"    # level: the nearest published t | log-views: interpolated between them
     residual: bool = False         # predict x0 - x_t instead of x0
     shift: float = 0.0             # the network sees (mu - shift)/scale, 1/cm
     scale: float = 1.0
@@ -35,7 +35,7 @@ class Preset:
     update: str = "shift"          # shift: x_t - D(x0_hat, n_t) + D(x0_hat, n_s) | naive: D(x0_hat, n_s)
     dc: int = 0                    # iterations of data consistency on an estimate before it is composed
     focus: float = 0.0             # share of measurements drawn at 18, 36 or 72 views; the others at any level
-    between: float = 0.0           # share of measurements with 18, 24, 30, ..., 288 views instead of a level's
+    between: float = 0.0           # share of measurements with any 18 to 288 views instead of a level's
     loss: str = "mse"              # mse | rmse | charbonnier | spectral, of each slice
     combined: bool = False         # one optimizer step a batch, on the mean loss of its inputs
     rollout: str = "ema"           # whose estimate a hop uses: ema | own (that of the training call: no extra call)

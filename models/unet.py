@@ -24,7 +24,7 @@ class UNetConfig:
     scale: float = 1.0            # and its output is multiplied by scale
     channels: int = 1             # 2: a residual beside x_t, which ReCo-Diff feeds; where it is not given it is zero
     zero_init: bool = False       # last layer starts at zero: a residual network starts as the identity
-    conditioning: str = "level"   # level: t is the published level nearest to the view count | log-views: continuous
+    conditioning: str = "level"   # of t on the view count: level: the nearest published one | log-views: interpolated
 
     @property
     def multiple(self) -> int:

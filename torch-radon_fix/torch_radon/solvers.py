@@ -10,7 +10,8 @@ import torch
 
 
 def _dot(a: torch.Tensor, b: torch.Tensor, dims: tuple[int, ...]) -> torch.Tensor:
-    return (a * b).sum(dims, keepdim=True)
+    """Summed in float64: rounded back, it does not depend on the order, which changes with the size of a batch."""
+    return (a * b).sum(dims, keepdim=True, dtype=torch.float64).to(a.dtype)
 
 
 def _ratio(a: torch.Tensor, b: torch.Tensor, active: torch.Tensor) -> torch.Tensor:

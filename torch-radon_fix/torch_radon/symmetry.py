@@ -78,15 +78,19 @@ def bins_per_radian(geometry: Geometry) -> float:
     return r * span * near / (near - r) ** 2 / geometry.det_spacing
 
 
-def choose(geometry: Geometry, batch: int, lanes: int) -> Reduction:
-    """The reduction with the fewest (representatives x blocks of `lanes` images) for this batch."""
+def choose(geometry: Geometry) -> Reduction:
+    """The reduction with the fewest representatives, and of these the one with the fewest copies of an image.
+
+    A large batch would fill the lanes with fewer copies, by a tenth faster; but then its images would differ in their
+    last bits from what they are alone, and long chains of operators magnify that a thousandfold.
+    """
     square, even = geometry.height == geometry.width, geometry.det_offset == 0
     groups = GROUPS if bins_per_radian(geometry) <= FASTEST else GROUPS[-1:]  # merging moves angles by their rounding
     # A ray along an axis is a whole number of pixels long: ceil(L) jumps there with the last bit of its angle.
     merge_on_axis = geometry.fan and np.abs(geometry.bins).min() > 1e-3
     candidates = [reduce_views(geometry.angles, group, merge_on_axis) for group in groups
                   if (square or all(k % 2 == 0 for k, _ in group)) and (even or all(s > 0 for _, s in group))]
-    return min(candidates, key=lambda r: len(r.angles) * -(-len(r.group) * batch // lanes))
+    return min(candidates, key=lambda r: (len(r.angles), len(r.group)))
 
 
 def pixel_map(element: tuple[int, int], height: int, width: int) -> tuple[int, int, int]:
