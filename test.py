@@ -214,7 +214,7 @@ def main(argv=None):
     args = parse(argv)
     checkpoint = find_checkpoint(args.checkpoint)
     network, header = load_checkpoint(checkpoint)
-    check_methods(args.methods, network, checkpoint)
+    check_methods(args.methods, network, header, checkpoint)
     files = find_slices(args.data, "test")
     if args.limit:
         spread = np.linspace(0, len(files) - 1, min(args.limit, len(files))).round().astype(int)

@@ -36,7 +36,8 @@ from utils.scalars import Scalars, Step
 
 CHOICES = {"optimizer": ("adam", "adamw"), "schedule": ("step", "cosine"), "precision": ("fp32", "bf16", "fp64"),
            "publish": ("raw", "ema"), "update": ("shift", "naive"), "loss": ("mse", "rmse", "charbonnier", "spectral"),
-           "conditioning": ("level", "log-views"), "rollout": ("ema", "own"), "val_sampler": tuple(SAMPLERS)}
+           "conditioning": ("level", "log-views"), "rollout": ("ema", "own"),
+           "residual_channel": ("two-pass", "anchored"), "val_sampler": tuple(SAMPLERS)}
 
 
 def parse(argv=None):

@@ -41,6 +41,7 @@ ROWS = {
     "one update for all inputs": ("--combined", ""),
     "the EMA's estimates in EPCT": ("--rollout ema", ""),
     "residual channel, two passes": ("--channels 2", "--methods one-step reco"),
+    "residual channel, anchored": ("--channels 2 --residual-channel anchored", "--methods one-step anchored"),
     "data consistency at test only": ("--dc 0", "--dc 16"),
     "no data consistency, x_s = D(x0_hat)": ("--dc 0", "--dc 0 --methods one-step naive"),
     "no data consistency, level shift": ("--dc 0 --update shift", "--dc 0"),

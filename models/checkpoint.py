@@ -145,11 +145,13 @@ def load_checkpoint(path: str | Path, device: str = "cpu") -> tuple[UNet, dict]:
     return network.eval().to(device), header
 
 
-def check_methods(methods: list[str], network: UNet, path: Path) -> None:
+def check_methods(methods: list[str], network: UNet, header: dict, path: Path) -> None:
     """Exits with a sentence where a method needs what the network does not have."""
-    if "reco" in methods and network.config.channels < 2:
-        sys.exit(f"reco needs a network with a residual channel, and {path.name} has none; choose another method, or a "
-                 "checkpoint that was trained with --channels 2.")
+    trained = header.get("training", {}).get("preset", {}).get("residual_channel", "two-pass")
+    for method, kind in (("reco", "two-pass"), ("anchored", "anchored")):
+        if method in methods and (network.config.channels < 2 or trained != kind):
+            sys.exit(f"{method} needs a network with a {kind} residual channel, and {path.name} has none; choose "
+                     f"another method, or a checkpoint trained with --channels 2 --residual-channel {kind}.")
 
 
 def default_dc(header: dict) -> int:

@@ -10,6 +10,7 @@ from datasets.loader import Part, deform
 from models.consistency import data_consistency
 from models.degradation import LEVELS, Degradation, condition
 from models.presets import Preset
+from models.samplers import anchored_residual
 
 FOCUS = tuple(LEVELS.index(n) for n in (18, 36, 72))  # the sparsity levels that the field reports
 
@@ -103,6 +104,8 @@ class Chain:
     views: list[int]              # and its view counts
     x0_hat: torch.Tensor | None = None  # the last estimate
     pure: torch.Tensor | None = None    # where x_t is an estimate itself and has no residual, (B, 1, 1, 1)
+    measured: tuple[torch.Tensor, list[int]] | None = None  # x_T and n_T, to which residuals are anchored,
+    residual: torch.Tensor | None = None                    # and the last such residual
 
 
 def begin(part: Part, degrade: Degradation, preset: Preset, seed: int, device: str) -> Chain:
@@ -112,12 +115,15 @@ def begin(part: Part, degrade: Degradation, preset: Preset, seed: int, device: s
         x0 = degrade.full(deform(x0, part.indices, seed, preset.rotate, preset.zoom, preset.translate))
     n_T = [measured_views(u[0], preset.focus, preset.between) for u in part.uniform]
     dc = data_consistency(degrade, degrade.project(x0, n_T), preset.dc) if preset.dc else None
-    return Chain(part, x0, degrade, dc, degrade(x0, n_T), n_T)
+    x_T = degrade(x0, n_T)
+    return Chain(part, x0, degrade, dc, x_T, n_T, measured=(x_T, n_T))
 
 
 def hop(chain: Chain, number: int, preset: Preset) -> None:
     """Compose input number 1, 2, ... of a chain, at denser levels, from the estimate of the input before it."""
     x0_hat = torch.where(chain.x0_hat.isfinite(), chain.x0_hat, chain.x_t)  # what was not finite took no part either
+    if preset.residual_channel == "anchored":
+        chain.residual = anchored_residual(chain.degrade, x0_hat, *chain.measured)
     if chain.dc:
         x0_hat = chain.dc(x0_hat, range(len(x0_hat)))
     n_s = [denser_views(n, u[2 * number - 1:2 * number + 1], preset.jumps)
@@ -130,11 +136,13 @@ def network_input(chain: Chain, network, preset: Preset) -> tuple[torch.Tensor, 
     """What the network is called with: x_t (B, channels, H, W) and t (B,).
 
     The second channel is ReCo-Diff's tanh(x_t - D(x0_hat, n_t)), x0_hat = R([x_t, 0], t) without gradient; 0 where x_t
-    is an estimate itself (arXiv 2603.02691).
+    is an estimate itself (arXiv 2603.02691). Or, anchored, RBG-Diff's, from the estimate before; 0 in the first call.
     """
     t = conditioning(chain.views, preset.conditioning, chain.x_t)
     if preset.channels == 1:
         return chain.x_t, t
+    if preset.residual_channel == "anchored":
+        return chain.x_t if chain.residual is None else torch.cat([chain.x_t, chain.residual], dim=1), t
     with torch.no_grad():
         x0_hat = network(chain.x_t, t)
         x0_hat = torch.where(x0_hat.isfinite(), x0_hat, chain.x_t)

@@ -12,7 +12,8 @@ class Preset:
     dropout: float = 0.1
     blocks: int = 2                # residual blocks a resolution going down; one more going up
     stem: int = 1                  # pixel-unshuffle factor before the network
-    channels: int = 1              # 2: ReCo-Diff's residual channel, filled by a first pass without gradient
+    channels: int = 1              # 2: a residual channel beside x_t
+    residual_channel: str = "two-pass"  # two-pass: ReCo-Diff's, by a first pass without gradient | anchored: RBG-Diff's
     conditioning: str = "level"    # level: the nearest published t | log-views: interpolated between them
     residual: bool = False         # predict x0 - x_t instead of x0
     shift: float = 0.0             # the network sees (mu - shift)/scale, 1/cm

@@ -1,7 +1,7 @@
 """Samplers: pure functions (denoise, degrade, x_T, levels, callback, dc, options) -> (x0_hat, nfe).
 
-denoise(x_t, views): estimate of x0 from slices (B, 1, H, W) that each hold `views[i]` views' artefacts; `reco` gives
-it a second channel.
+denoise(x_t, views): estimate of x0 from slices (B, 1, H, W) that each hold `views[i]` views' artefacts; `reco` and
+`anchored` give it a second channel.
 degrade: a `Degradation`. x_T: FBP of the measurement, mu (B, 1, H, W). levels: view counts, densest first; the last
 is the measurement's. dc(x0_hat, slices), if given, makes the estimates of these slices consistent with their
 measurements after every network call (models/consistency.py). The update from level t to s is the published one,
@@ -18,7 +18,10 @@ from utils.metrics import headline_ssim
 
 def _estimate(denoise, x, views, slices, dc, callback):
     """R(x, t), made consistent with the measurements where there is `dc`, and shown to `callback`."""
-    x0_hat = denoise(x, views)
+    return _consistent(denoise(x, views), views, slices, dc, callback)
+
+
+def _consistent(x0_hat, views, slices, dc, callback):
     if dc:
         x0_hat = dc(x0_hat, slices)
     if callback:
@@ -75,6 +78,25 @@ def reco(denoise, degrade, x_T, levels, callback=None, dc=None):
     return x0_hat, [2 * len(chain)] * len(x)
 
 
+def anchored_residual(degrade, x0_hat, x_T, n_T):
+    """tanh(D(x0_hat, n_T) - x_T): where an estimate contradicts the measurement (RBG-Diff, 2026)."""
+    return torch.tanh(degrade(x0_hat, n_T) - x_T)
+
+
+def anchored(denoise, degrade, x_T, levels, callback=None, dc=None):
+    """Every level, each call but the first beside the `anchored_residual` of the network's last estimate, as it was
+    before dc, which leaves little of it."""
+    x, B, residual = x_T, len(x_T), None
+    for t in reversed(range(len(levels))):
+        n_t = [levels[t]] * B
+        raw = denoise(x if residual is None else torch.cat([x, residual], dim=1), n_t)
+        x0_hat = _consistent(raw, n_t, list(range(B)), dc, callback)
+        if t > 0:
+            x = _next(degrade, x, x0_hat, n_t, [levels[t - 1]] * B, naive=dc is not None)
+            residual = anchored_residual(degrade, raw, x_T, [levels[-1]] * B)
+    return x0_hat, [len(levels)] * B
+
+
 def spdps(denoise, degrade, x_T, levels, callback=None, dc=None, *,
           semantic_budget=None,   # n: passes of the semantic phase; None: 2 below 72 views, 1 from there on or with dc
           refine_steps=4,         # m: network calls of the detail phase
@@ -125,4 +147,5 @@ def spdps(denoise, degrade, x_T, levels, callback=None, dc=None, *,
     return out, nfe
 
 
-SAMPLERS = {"one-step": one_step, "sequential": sequential, "naive": naive, "reco": reco, "spdps": spdps}
+SAMPLERS = {"one-step": one_step, "sequential": sequential, "naive": naive, "reco": reco, "anchored": anchored,
+            "spdps": spdps}

@@ -22,7 +22,7 @@ def steps_of(preset: Preset, step: int) -> int:
 def forward_calls(preset: Preset, inputs: int) -> int:
     """Cost of a slice's `inputs` in forward calls: a backward call costs two, the EMA's estimate and the first pass
     that fills a residual channel one each."""
-    two = preset.channels == 2
+    two = preset.channels == 2 and preset.residual_channel == "two-pass"
     return inputs * (3 + two) + (inputs - 1) * (1 + two) * (preset.rollout == "ema")
 
 

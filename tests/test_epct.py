@@ -1,13 +1,18 @@
 """What EPCT draws and minimises beyond the published recipe, which tests/test_paper.py asserts."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 
 import train
-from models.degradation import LEVELS, Degradation, condition
-from models.epct import denser_level, denser_views, loss, measured_level, measured_views
+from datasets.loader import Part
+from models.consistency import data_consistency
+from models.degradation import LEVELS, Degradation, condition, levels_for
+from models.epct import begin, denser_level, denser_views, hop, loss, measured_level, measured_views, network_input
 from models.presets import PRESETS
+from models.samplers import anchored
 from models.schedule import forward_calls
 from models.unet import UNet
 from utils.state import newest_state
@@ -84,6 +89,32 @@ def test_a_combined_update_steps_once_a_batch(data, tmp_path, call):
         assert newest_state(tmp_path / flag, "cpu")[1]["step"] == steps
         text = (tmp_path / flag / "metrics.jsonl").read_text()
         assert "loss/restore" in text and "loss/compose" in text
+
+
+def test_an_anchored_residual_is_that_of_the_measurement_in_training_as_in_sampling():
+    """Beside x_T nothing; then tanh(D(x0_hat, n_T) - x_T) of the network's last estimate, before data consistency."""
+    x0 = torch.rand(2, 1, 32, 32, generator=torch.Generator().manual_seed(0)) * 0.3
+    preset = replace(PRESETS["tiny"], channels=2, residual_channel="anchored", jumps=0.0, focus=0.99, hops=3)
+    assert forward_calls(preset, 3) == forward_calls(PRESETS["tiny"], 3)
+    degrade, seen = Degradation(), []
+
+    def estimate(x, n):
+        seen.append((n[0], x.clone()))
+        return 0.8 * x[:, :1]
+
+    part = Part(range(2), [0, 1], x0, [np.array([0.0] + [0.5] * 6)] * 2)
+    chain = begin(part, degrade, preset, 0, "cpu")
+    for number in range(4):
+        if number > 0:
+            hop(chain, number, preset)
+        chain.x0_hat = estimate(network_input(chain, None, preset)[0], chain.views)
+    trained, x_T = seen.copy(), degrade(x0, 18)
+    torch.testing.assert_close(trained[1][1][:, 1:], torch.tanh(degrade(0.8 * x_T, 18) - x_T))
+    seen.clear()
+    anchored(estimate, degrade, x_T, levels_for(18), dc=data_consistency(degrade, degrade.project(x0, [18] * 2), 8))
+    for (n, x), (m, y) in zip(trained, seen[:4], strict=True):
+        assert n == m and x.shape == y.shape
+        torch.testing.assert_close(x, y)
 
 
 def test_reco_sees_what_its_first_pass_leaves_unexplained(data, tmp_path, monkeypatch, call):

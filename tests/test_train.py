@@ -82,6 +82,11 @@ def test_fine_tuning_starts_from_a_checkpoint(data, tmp_path, call):
     expected = load_file(first)
     found = load_file(tmp_path / "tuned" / "checkpoint.safetensors")
     assert all(torch.equal(value, expected[k]) for k, value in found.items())
+    other = [*tuned[:3], tmp_path / "other", *tuned[4:], "--conditioning", "log-views"]
+    call(train.main, *FAST, *other)
+    network, _ = load_checkpoint(tmp_path / "other" / "checkpoint.safetensors")
+    assert network.config.conditioning == "log-views", "the same weights: t is that of the levels at their view counts"
+    assert all(torch.equal(value, expected[k]) for k, value in network.state_dict().items())
     assert "another architecture" in call(train.main, *FAST, *tuned, "--width", "64", expect=1)
     assert "another init" in call(train.main, *FAST, *tuned[:-2], expect=1)
 

@@ -283,7 +283,7 @@ def main(argv=None) -> int:
     if args.method != "fbp":
         checkpoint = find_checkpoint(args.checkpoint)
         network, header = load_checkpoint(checkpoint, args.device)
-        check_methods([args.method], network, checkpoint)
+        check_methods([args.method], network, header, checkpoint)
         denoise, iterations = denoiser(network), default_dc(header) if args.dc is None else args.dc
         weights, multiple = hashlib.sha256(checkpoint.read_bytes()).hexdigest()[:16], network.config.multiple
     is_measured = args.geometry is not None or is_projections(args.input)
