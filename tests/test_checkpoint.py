@@ -42,6 +42,11 @@ def test_a_published_file_gives_the_reference_outputs(tmp_path, call):
     same, header = load_checkpoint(out)
     assert all(torch.equal(a, b) for a, b in zip(network.parameters(), same.parameters(), strict=True))
     assert header["protocol"] == "cvg-official" and header["converted_from"] == "net.pkl"
+    half = tmp_path / "half.safetensors"
+    call(convert.main, out, half, "--half")
+    assert half.stat().st_size < 0.6 * out.stat().st_size
+    rounded = {name: value.half().float() for name, value in load_checkpoint(out)[0].state_dict().items()}
+    torch.testing.assert_close(dict(load_checkpoint(half)[0].state_dict()), rounded, rtol=0, atol=0)
     assert "exists" in call(convert.main, tmp_path / "net.pkl", out, expect=1)
     assert "ends in .safetensors" in call(convert.main, tmp_path / "net.pkl", tmp_path / "net.bin", expect=1)
 

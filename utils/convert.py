@@ -1,6 +1,7 @@
-"""A checkpoint of the published CvG-Diff code as a safetensors file of ours.
+"""A checkpoint of the published CvG-Diff code as a safetensors file of ours, or one of ours in half the bytes.
 
-    python -m utils.convert IN.pkl OUT.safetensors      # IN: anything that test.py --checkpoint takes
+    python -m utils.convert IN.pkl OUT.safetensors               # IN: anything that test.py --checkpoint takes
+    python -m utils.convert IN.safetensors OUT.safetensors --half
 """
 
 import argparse
@@ -14,6 +15,7 @@ def main(argv=None):
                                      allow_abbrev=False)
     parser.add_argument("source", metavar="IN", help="a file, a known name or hf://owner/repository/file")
     parser.add_argument("target", metavar="OUT", type=Path, help="a .safetensors file that does not exist yet")
+    parser.add_argument("--half", action="store_true", help="store float16, which the shipped weights do not notice")
     args = parser.parse_args(argv)
     if args.target.suffix != ".safetensors":
         parser.error(f"OUT is {args.target}; expected a name that ends in .safetensors")
@@ -22,7 +24,8 @@ def main(argv=None):
     source = find_checkpoint(args.source)
     network, header = load_checkpoint(source)
     args.target.parent.mkdir(parents=True, exist_ok=True)
-    save_checkpoint(args.target, network.state_dict(), network.config, {**header, "converted_from": source.name})
+    state = {name: value.half() if args.half else value for name, value in network.state_dict().items()}
+    save_checkpoint(args.target, state, network.config, {**header, "converted_from": source.name})
     print(f"Written: {args.target}, {sum(p.numel() for p in network.parameters()):,} parameters, to be run under "
           f"protocol {header['protocol']}.")
 
