@@ -20,7 +20,7 @@ from datasets.slices import find_slices, fingerprint, patients_of, read_slices
 from models.baselines import BASELINES, TV_WEIGHT, sirt
 from models.checkpoint import check_methods, default_dc, denoiser, find_checkpoint, load_checkpoint, placed
 from models.consistency import ITERATIONS, data_consistency
-from models.degradation import FULL_VIEWS, LEVELS, Degradation, levels_for
+from models.degradation import FULL_VIEWS, LEVELS, Degradation, consistent_levels, levels_for
 from models.samplers import SAMPLERS
 from utils import distributed, figures
 from utils.device import check_device, default_device, forget_peak, peak_memory
@@ -54,9 +54,9 @@ def parse(argv=None):
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=["fbp", "one-step", "sequential", "spdps"])
     parser.add_argument("--windows", type=window, nargs="+", default=WINDOWS, metavar="WIDTH,CENTRE",
                         help="HU windows of the metrics, the headline first (default 3000,500 500,50 2000,0)")
-    parser.add_argument("--levels", type=int, nargs="+", default=LEVELS,
+    parser.add_argument("--levels", type=int, nargs="+",
                         help="view counts that chains pass through, where denser than the measurement (default: the "
-                        "published ones)")
+                        "published ones; with data consistency a measurement between them skips those under twice its)")
     parser.add_argument("--start", type=float, default=0.0, help="angle of the first view, radians")
     parser.add_argument("--dc", type=int, help="iterations of data consistency after every network call; 0 gives the "
                         f"published samplers (default: {ITERATIONS}, and 0 for weights that were trained without)")
@@ -84,7 +84,7 @@ def parse(argv=None):
     for n in args.views:
         if not 1 <= n <= FULL_VIEWS:
             parser.error(f"--views {n}: expected 1 to {FULL_VIEWS}, the views of the ground truth")
-    for n in args.levels:
+    for n in args.levels or ():
         if not 1 <= n <= FULL_VIEWS:
             parser.error(f"--levels {n}: expected 1 to {FULL_VIEWS}")
     for name, least in {"batch": 1, "limit": 1, "dc": 0, "dc_pull": 0, "semantic_budget": 1, "refine_steps": 1,
@@ -122,15 +122,17 @@ def measured(x0, n_views: int, names, degrade, args) -> list[torch.Tensor]:
 
 @torch.no_grad()
 def reconstruct(method: str, y, size: int, denoise, degrade, iterations: int, photons=None, pull=0.0,
-                callback=None, among=LEVELS, **options):
+                callback=None, among=None, **options):
     """x0_hat (B, 1, size, size) and calls of each slice from measured sinograms of one view count, nothing else.
 
-    iterations, photons, pull: of data consistency; among: levels of a chain; callback and options are the method's.
+    iterations, photons, pull: of data consistency; among: levels of a chain, instead of the published ones; callback
+    and options are the method's.
     """
     if method in BASELINES:
         return BASELINES[method](degrade, y, size, **options), [0] * len(y)
     dc = data_consistency(degrade, y, iterations, photons, pull)
-    levels = levels_for(y[0].shape[-2], among)
+    n_views = y[0].shape[-2]
+    levels = levels_for(n_views, among or (consistent_levels(n_views) if dc else LEVELS))
     return SAMPLERS[method](denoise, degrade, degrade.fbp(y, size), levels, callback, dc, **options)
 
 

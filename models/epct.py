@@ -8,7 +8,7 @@ import torch
 
 from datasets.loader import Part, deform
 from models.consistency import data_consistency
-from models.degradation import LEVELS, Degradation, condition
+from models.degradation import LEVELS, Degradation, condition, consistent_levels
 from models.presets import Preset
 from models.samplers import anchored_residual
 
@@ -63,8 +63,8 @@ def _radii(size: int, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
 
 
 def denser_views(n: int, uniform, jumps: float) -> int:
-    """Views of the level after n views: `denser_level` among the published levels denser than n."""
-    t = sum(level > n for level in LEVELS)
+    """Views of the level after n views: `denser_level` among those that a chain passes through from n."""
+    t = sum(level > n for level in consistent_levels(n))
     return LEVELS[denser_level(t, uniform, jumps)] if t else n
 
 

@@ -100,9 +100,9 @@ COMPUTATION = ("accumulate", "channels_last", "compile", "patience")
 
 PAPER = Preset()
 TINY = replace(
-    PAPER, width=32, dropout=0.0, stem=2, residual=True, shift=0.1, scale=0.1, zero_init=True,
-    images=6000, batch=2, augment=True, per_sample_levels=True, focus=0.7, epct_start=500, hops=5, jumps=0.5,
-    update="naive", dc=8, loss="rmse", rollout="own", optimizer="adamw", lr=1e-3, weight_decay=1e-4,
+    PAPER, width=32, dropout=0.0, stem=2, conditioning="log-views", residual=True, shift=0.1, scale=0.1, zero_init=True,
+    images=6000, batch=2, augment=True, per_sample_levels=True, focus=0.7, between=0.5, epct_start=500, hops=5,
+    jumps=0.5, update="naive", dc=8, loss="rmse", rollout="own", optimizer="adamw", lr=1e-3, weight_decay=1e-4,
     schedule="cosine", warmup=100, precision="bf16", ema=0.999, ema_every=1, ema_start=100, ema_dropout=False,
     publish="ema", val_sampler="naive", val_slices=8, val_every=1000, save_every=200)
 PRESETS = {

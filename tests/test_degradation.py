@@ -6,7 +6,15 @@ import numpy as np
 import pytest
 import torch
 
-from models.degradation import LEVELS, Degradation, _shift_views, level_of, levels_for, projector
+from models.degradation import (
+    LEVELS,
+    Degradation,
+    _shift_views,
+    consistent_levels,
+    level_of,
+    levels_for,
+    projector,
+)
 
 
 @pytest.fixture(scope="module")
@@ -62,3 +70,7 @@ def test_levels():
     assert [level_of(n) for n in LEVELS] == list(range(8))
     assert levels_for(18) == LEVELS and levels_for(72) == (288, 234, 180, 126, 72) and levels_for(300) == (300,)
     assert levels_for(24)[-2:] == (36, 24) and level_of(24) == 7 and level_of(60) == 5
+    assert all(levels_for(n, consistent_levels(n)) == levels_for(n) for n in LEVELS)
+    assert [levels_for(n, consistent_levels(n))[-2] for n in (6, 20, 24, 48, 100, 144, 200)] == [
+        18, 54, 54, 126, 234, 288, 288]
+    assert consistent_levels(720) == (288,) and levels_for(720, consistent_levels(720)) == (720,)

@@ -40,7 +40,7 @@ def test_measurements_between_the_levels():
     assert abs((between < 34).mean() - 0.5) < 0.03, "1/33.9 is the mean of 1/18 and 1/288"
     assert {n: levels.count(n) for n in LEVELS} == dict.fromkeys(LEVELS, 500)
     u = np.array([0.9, 0.0])
-    assert [denser_views(n, u, jumps=0.5) for n in (18, 24, 60, 72, 240, 288)] == [36, 36, 72, 126, 288, 288]
+    assert [denser_views(n, u, jumps=0.5) for n in (18, 24, 60, 72, 240, 288)] == [36, 54, 126, 126, 288, 288]
     assert denser_views(24, np.array([0.1, 0.0]), jumps=0.5) == 288
 
 
@@ -94,7 +94,8 @@ def test_a_combined_update_steps_once_a_batch(data, tmp_path, call):
 def test_an_anchored_residual_is_that_of_the_measurement_in_training_as_in_sampling():
     """Beside x_T nothing; then tanh(D(x0_hat, n_T) - x_T) of the network's last estimate, before data consistency."""
     x0 = torch.rand(2, 1, 32, 32, generator=torch.Generator().manual_seed(0)) * 0.3
-    preset = replace(PRESETS["tiny"], channels=2, residual_channel="anchored", jumps=0.0, focus=0.99, hops=3)
+    preset = replace(PRESETS["tiny"], channels=2, residual_channel="anchored", jumps=0.0, focus=0.99, between=0.0,
+                     hops=3)
     assert forward_calls(preset, 3) == forward_calls(PRESETS["tiny"], 3)
     degrade, seen = Degradation(), []
 

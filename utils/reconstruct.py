@@ -40,7 +40,7 @@ from datasets.write_volume import (
 )
 from models.checkpoint import check_methods, default_dc, denoiser, find_checkpoint, load_checkpoint
 from models.consistency import ITERATIONS, data_consistency
-from models.degradation import FULL_VIEWS, Degradation, levels_for
+from models.degradation import FULL_VIEWS, LEVELS, Degradation, consistent_levels, levels_for
 from models.measured import MeasuredDegradation, measured_consistency
 from models.samplers import SAMPLERS
 from utils.device import check_device, default_device
@@ -122,7 +122,8 @@ def sample(method, denoise, degrade, x_T, n_views, dc) -> torch.Tensor:
     """The method's estimate from the FBP x_T (B, 1, H, W) of n_views views."""
     if method == "fbp":
         return x_T
-    return SAMPLERS[method](denoise, degrade, x_T, levels_for(n_views), dc=dc)[0]
+    return SAMPLERS[method](denoise, degrade, x_T, levels_for(n_views, consistent_levels(n_views) if dc else LEVELS),
+                            dc=dc)[0]
 
 
 def simulated(args, denoise, iterations) -> Job:
