@@ -81,6 +81,8 @@ def parse(argv=None):
     parser.add_argument("--save-images", action="store_true", help="write reconstructions as HU .npy to OUT/images")
     parser.add_argument("--strict", action="store_true", help="stop at the first bad slice instead of skipping it")
     args = parser.parse_args(argv)
+    for name in ("views", "methods", "windows"):
+        setattr(args, name, list(dict.fromkeys(getattr(args, name))))
     for n in args.views:
         if not 1 <= n <= FULL_VIEWS:
             parser.error(f"--views {n}: expected 1 to {FULL_VIEWS}, the views of the ground truth")
@@ -121,24 +123,24 @@ def measured(x0, n_views: int, names, degrade, args) -> list[torch.Tensor]:
 
 
 @torch.no_grad()
-def reconstruct(method: str, y, size: int, denoise, degrade, iterations: int, photons=None, pull=0.0,
-                callback=None, among=None, **options):
+def reconstruct(method: str, y, size: int, denoise, degrade, iterations: int, noise=None, pull=0.0, callback=None,
+                among=None, **options):
     """x0_hat (B, 1, size, size) and calls of each slice from measured sinograms of one view count, nothing else.
 
-    iterations, photons, pull: of data consistency; among: levels of a chain, instead of the published ones; callback
-    and options are the method's.
+    iterations, noise (photons, electronic), pull: of data consistency; among: levels of a chain, instead of the
+    published ones; callback and options are the method's.
     """
     if method in BASELINES:
         return BASELINES[method](degrade, y, size, **options), [0] * len(y)
-    dc = data_consistency(degrade, y, iterations, photons, pull)
+    dc = data_consistency(degrade, y, iterations, *(noise or (None, 0.0)), pull=pull)
     n_views = y[0].shape[-2]
     levels = levels_for(n_views, among or (consistent_levels(n_views) if dc else LEVELS))
     return SAMPLERS[method](denoise, degrade, degrade.fbp(y, size), levels, callback, dc, **options)
 
 
-def warm_up(y, size, denoise, degrade, iterations) -> None:
+def warm_up(y, size, denoise, degrade, iterations, among) -> None:
     """Compile kernels, build tables and let libraries choose algorithms before anything is timed."""
-    reconstruct("sequential", y, size, lambda x, views: x, degrade, iterations)
+    reconstruct("sequential", y, size, lambda x, views: x, degrade, iterations, among=among)
     reconstruct("one-step", y, size, denoise, degrade, 0)
     sirt(degrade, y, size, iterations=1)
 
@@ -245,7 +247,8 @@ def main(argv=None):
         given = options.get(method, {})
         if method in SAMPLERS:
             given = given | {"callback": callback, "among": args.levels}
-        return reconstruct(method, y, hu.shape[-1], denoise, degrade, iterations, args.photons, args.dc_pull, **given)
+        return reconstruct(method, y, hu.shape[-1], denoise, degrade, iterations,
+                           (args.photons, args.electronic), args.dc_pull, **given)
 
     def image(method, n, name):
         return args.out / "images" / f"{method}_{n}views" / name
@@ -263,12 +266,12 @@ def main(argv=None):
                 batch = names[i:i + args.batch]
                 if not all(is_done(name, method, n) for name in batch):
                     if i not in truths:
-                        truths[i] = degrade.full(mu[i:i + args.batch].to(device))
-                    x0 = truths[i]
+                        truths[i] = degrade.full(mu[i:i + args.batch].to(device)).cpu()
+                    x0 = truths[i].to(device)
                     y = measured(x0, n, batch, degrade, args)
                     if (n, len(batch)) not in warm:
                         warm.add((n, len(batch)))
-                        warm_up(y, hu.shape[-1], denoise, degrade, iterations)
+                        warm_up(y, hu.shape[-1], denoise, degrade, iterations, args.levels)
                     forget_peak(device)
                     synchronize(device)
                     start = time.perf_counter()

@@ -96,7 +96,8 @@ def build(args, preset: Preset, device: str, dtype: torch.dtype, run: dict):
     network = UNet(preset.network()).to(device, dtype)
     if args.init:
         weights, _ = load_checkpoint(args.init, device)
-        if replace(weights.config, conditioning=preset.conditioning) != network.config:
+        free = {"conditioning": preset.conditioning, "dropout": preset.dropout, "zero_init": preset.zero_init}
+        if replace(weights.config, **free) != network.config:  # these have no weights of their own
             sys.exit(f"{args.init} holds another architecture than --preset {args.preset}; repeat the flags that made "
                      "it.")
         network.load_state_dict(weights.state_dict())

@@ -84,6 +84,8 @@ def affordable(preset: Preset, count: int, size: int, pflop: float) -> int:
     calls, step, images = pflop * 1e15 / cost(preset.network(), size, preset.precision)[1], 0, 0
     for first, last in batches(count, preset.batch, 10**9):
         calls -= (last - first) * forward_calls(preset, inputs_of(preset, step))
+        if calls < 0 and images == 0:
+            sys.exit(f"--pflop {pflop:g} does not pay for one batch; give more.")
         if calls < 0:
             return images
         step, images = step + steps_of(preset, step), last
@@ -94,11 +96,16 @@ def run(args, row: str, seed: int) -> Path:
     trains, tests = ROWS[row]
     out = args.out / f"{re.sub(r'[^a-z0-9]+', '-', row.lower())}-{seed}"
     flags = ["--preset", "tiny", *shlex.split(args.train), *shlex.split(trains), "--seed", str(seed)]
+    record, now = out / "row.json", {"pflop": args.pflop, "slices": args.slices, "train": flags, "test": tests}
+    if record.is_file() and (before := json.loads(record.read_text())) != now:
+        sys.exit(f"{out} holds this row made otherwise ({before}); give --out a new folder, or the same options.")
     if (out / "test" / "summary.json").is_file() or args.table:
         return out / "test"
     files, preset = find_slices(args.data, "train"), preset_of(flags)
     size = read_slices(files[:1], preset.network().multiple)[1].shape[-1]
     images = affordable(preset, len(files), size, args.pflop)
+    out.mkdir(parents=True, exist_ok=True)
+    record.write_text(json.dumps(now))
     once = ["--images", str(images), "--val-every", str(10 * images), "--val-slices", "1", "--save-every", "100"]
     for command in (["train.py", "--data", args.data, "--out", out / "train", *flags, *once],
                     ["test.py", "--data", Path(args.data, "val_img"), "--out", out / "test", "--checkpoint",

@@ -3,6 +3,7 @@
 import math
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -19,7 +20,7 @@ def load_slices(data, val_fraction: float, val_slices: int, seed: int, multiple:
     val_slices: how many validate, spread evenly over theirs; 0: all.
     """
     train = find_slices(data, "train")
-    if train[0].parent.name == "train_img":
+    if train[0].parent != Path(data):
         val = find_slices(data, "val")
     else:
         train, val = split_by_patient(train, val_fraction, seed)

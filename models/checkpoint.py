@@ -72,7 +72,7 @@ def looks_like(state: dict[str, torch.Tensor]) -> UNetConfig | None:
                   for i in range(1 + max(int(name.split(".")[1]) for name in state if name.startswith("down.")))]
         stem = math.isqrt(len(state["conv_out.weight"]))
         multipliers = tuple(len(state[f"down.{i}.block.0.norm2.weight"]) // width for i in range(len(stages)))
-    except (KeyError, ValueError, IndexError):
+    except (KeyError, ValueError, IndexError, TypeError):  # TypeError: the length of a number
         return None
     if width % 32 or 0 in (stem, *multipliers):
         return None
@@ -102,7 +102,8 @@ def _read_published(path: Path) -> tuple[dict[str, torch.Tensor], dict]:
     except (RuntimeError, EOFError, OSError, ValueError, KeyError, IndexError, AttributeError, TypeError) as error:
         sys.exit(f"{path} is not a whole PyTorch file ({type(error).__name__}); copy or download it again.")
     weights = content.get("net_param") if isinstance(content, dict) else None
-    if not isinstance(weights, dict) or not all(isinstance(value, torch.Tensor) for value in weights.values()):
+    if not isinstance(weights, dict) or not all(isinstance(name, str) and isinstance(value, torch.Tensor)
+                                                for name, value in weights.items()):
         sys.exit(f"{path} has no weights under net_param; expected a checkpoint of the published CvG-Diff code.")
     state = {name.removeprefix("module.").removeprefix("denoise_fn."): value.float() for name, value in weights.items()}
     # Without a configuration in the file the weights themselves tell the architecture, the published one by default.

@@ -1,5 +1,6 @@
 """Presets: every row is the configuration of a documented result. Any field is a flag of train.py."""
 
+import math
 from dataclasses import asdict, dataclass, replace
 
 from models.unet import UNetConfig
@@ -71,11 +72,23 @@ class Preset:
                             "save_every": 1, "ema_every": 1, "val_every": 0, "val_slices": 0, "warmup": 0, "dc": 0,
                             "lr": 0.0, "rotate": 0.0, "translate": 0.0, "starts": 1, "patience": 1,
                             "accumulate": 1}.items():
-            if getattr(self, name) < least:
+            if not getattr(self, name) >= least:
                 raise ValueError(f"{name} is {getattr(self, name)}; expected {least} or more")
-        for name in ("focus", "between", "zoom"):
+        for name in ("focus", "between", "zoom", "dropout", "ema"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; expected a share from 0 to below 1")
+        if not 0 <= self.jumps <= 1:
+            raise ValueError(f"jumps is {self.jumps}; expected a share from 0 to 1")
+        for name in ("scale", "clip"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} is {getattr(self, name)}; expected a positive number")
+        if not math.isfinite(self.lr + self.weight_decay + self.shift + self.scale):
+            raise ValueError("lr, weight_decay, shift or scale is not finite")
+        beside = {"reco": "two-pass", "anchored": "anchored"}.get(self.val_sampler, self.residual_channel)
+        if self.channels == 1 and self.val_sampler in ("reco", "anchored") or beside != self.residual_channel:
+            raise ValueError(f"val_sampler {self.val_sampler} needs channels 2 and residual_channel {beside}")
+        if self.channels == 1 and self.residual_channel != "two-pass":
+            raise ValueError(f"residual_channel {self.residual_channel} needs channels 2")
         if self.channels not in (1, 2):
             raise ValueError(f"channels is {self.channels}; expected 1, or 2 for the residual channel")
         if self.width % 32:

@@ -32,3 +32,5 @@ def test_what_is_done_is_not_done_again(data, tmp_path):
             for text in (first, second)]
     assert "train.py" in first and "test.py" in first and "train.py" not in second
     assert len(rows[0]) == 1 and rows[0] == rows[1]
+    assert "holds this row made otherwise" in run(*command[:-1], "2e-5", expect=1)
+    assert "does not pay for one batch" in run(*command[:-1], "1e-9", "--seeds", 1, expect=1)

@@ -95,7 +95,9 @@ def test_weights_that_do_not_fit_are_named(tmp_path):
 @pytest.mark.parametrize(("content", "sentence"), [
     (b"", "not a whole PyTorch file"), (b"PK\x03\x04 cut short", "not a whole PyTorch file"),
     (b"just text", "not a whole PyTorch file"), ([1, 2], "no weights under net_param"),
-    ({"net_param": {"a": 1}}, "no weights under net_param")])
+    ({"net_param": {"a": 1}}, "no weights under net_param"), ({"net_param": {1: torch.ones(1)}}, "no weights under"),
+    ({"net_param": {"conv_in.weight": torch.ones(32, 1, 3, 3), "conv_out.weight": torch.tensor(1.0),
+                    "down.0.block.0.norm2.weight": torch.ones(32)}}, "like no U-Net of ours")])
 def test_other_files_get_a_sentence(content, sentence, tmp_path):
     path = tmp_path / "net.pkl"
     path.write_bytes(content) if isinstance(content, bytes) else torch.save(content, path)

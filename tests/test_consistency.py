@@ -76,6 +76,25 @@ def test_a_batch_of_mixed_view_counts_gives_what_slices_alone_give(truth):
     assert torch.equal(dc(start, [0, 1, 2]), alone) and torch.equal(dc(start[[2, 1]], [2, 1]), alone[[2, 1]])
 
 
+def test_the_official_measurement_is_that_of_the_full_view_image(truth):
+    """y = P_n R x0 there: the truth stays as it is, and an estimate comes closer to y."""
+    official = Degradation(official=True)
+    y = official.project(truth, [18] * len(truth))
+    dc, every = data_consistency(official, y, 8), range(len(truth))
+    torch.testing.assert_close(dc(truth, every), truth, rtol=0, atol=1e-5)
+
+    def misfit(x):
+        return sum((p - q).norm().item() for p, q in zip(official.project(x, [18] * len(x)), y, strict=True))
+
+    assert misfit(dc(0.9 * truth, every)) < 0.2 * misfit(0.9 * truth)
+
+
+def test_electronic_noise_is_part_of_the_deviation():
+    y, photons, sigma = torch.linspace(0, 20, 9).repeat(20000, 1), 1e4, 20.0
+    noisy = transmission_noise(y, photons, 0.14, sigma, torch.Generator().manual_seed(0))
+    torch.testing.assert_close(deviation(y[0], photons, 0.14, sigma), noisy.std(0), rtol=0.05, atol=0)
+
+
 def test_noisy_measurements_are_fitted_no_closer_than_their_noise():
     photons, generator = 1e4, torch.Generator().manual_seed(0)
     x0 = hu_to_mu(torch.from_numpy(np.stack([body(64, seed) for seed in range(3)])[:, None].astype(np.float32)))
@@ -128,10 +147,8 @@ def test_consistent_samplers_end_at_the_measurement_and_drop_the_shift(truth):
 def test_reconstruction_sees_the_measurement_only(truth):
     """Two images with the same sinogram give the same reconstruction: nothing else of the truth gets in."""
     y = DEGRADE.project(truth[:1], [18])
-    seen = []
 
     def denoise(x_t, views):
-        seen.append(x_t)
         return x_t * 0.9
 
     first, _ = evaluation.reconstruct("spdps", y, 32, denoise, DEGRADE, 4)

@@ -39,6 +39,11 @@ def test_units_and_window():
                                torch.tensor([0.0, 0.0, 0.5, 1.0]))
 
 
+def test_an_exact_slice_counts_as_100_db():
+    air = torch.zeros(2, 1, 16, 16)
+    assert measure(air, air, 3000, 500)["psnr"].tolist() == [100, 100]
+
+
 def test_ssim_is_one_for_equal_images_and_symmetric():
     a, b = torch.rand(2, 1, 32, 32), torch.rand(2, 1, 32, 32)
     torch.testing.assert_close(ssim(a, a), torch.ones(2))

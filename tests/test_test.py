@@ -216,6 +216,17 @@ def test_chains_pass_through_the_levels_given(data, checkpoint, tmp_path, call):
     assert {row["views"]: row["nfe"] for row in summary} == {18: 3, 54: 2}
 
 
+def test_with_data_consistency_a_count_between_the_levels_skips_those_near_it(data, checkpoint, tmp_path, call):
+    """24 views: 54 ... 288 follow, without data consistency 36 too. What is named twice is done once."""
+    calls = {}
+    for dc in (0, 2):
+        call(evaluation.main, "--data", data, "--checkpoint", checkpoint, "--views", 24, 36, 24, "--methods",
+             "sequential", "sequential", "--limit", 1, "--dc", dc, "--out", tmp_path / str(dc))
+        summary = json.loads((tmp_path / str(dc) / "summary.json").read_text())
+        calls[dc] = {row["views"]: row["nfe"] for row in summary}
+    assert calls == {0: {24: 8, 36: 7}, 2: {24: 7, 36: 7}}
+
+
 def test_processes_share_the_slices_and_give_the_same_tables(data, checkpoint, tmp_path):
     command = ("test.py", "--data", data, "--checkpoint", checkpoint, "--views", 18, "--methods", "fbp", "spdps",
                "--batch", 3, "--out")

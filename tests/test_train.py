@@ -14,6 +14,7 @@ from conftest import ROOT, run, write_slices
 from safetensors.torch import load_file
 
 import train
+from datasets.loader import load_slices
 from datasets.slices import split_by_patient
 from models.checkpoint import load_checkpoint
 from models.degradation import LEVELS
@@ -96,6 +97,9 @@ def test_one_folder_is_split_by_patient(tmp_path, call):
     train_files, val_files = split_by_patient(sorted(folder.glob("*.npy")), 0.3)
     assert {f.name[:4] for f in train_files}.isdisjoint({f.name[:4] for f in val_files}) and len(val_files) == 3
     call(train.main, *FAST, "--data", folder, "--out", tmp_path / "out", "--images", "8", "--val-fraction", "0.3")
+    folder = folder.rename(tmp_path / "train_img")
+    (names, _), (val_names, _), _ = load_slices(folder, 0.3, 0, 0, 1, True)
+    assert {n[:4] for n in names}.isdisjoint(n[:4] for n in val_names), "whatever the folder is called"
 
 
 def test_bad_input_gets_a_sentence_and_nothing_is_overwritten(data, tmp_path, call):
@@ -107,7 +111,12 @@ def test_bad_input_gets_a_sentence_and_nothing_is_overwritten(data, tmp_path, ca
     assert "invalid choice: 'huge'" in go("--preset", "huge")
     assert "unrecognized arguments: --nonsense" in go("--nonsense", "1")
     assert "does not exist" in go("--data", tmp_path / "missing")
-    assert "batch is 0; expected 1 or more" in go("--batch", "0")
+    for flags, sentence in {"--batch 0": "batch is 0; expected 1 or more", "--jumps 7": "expected a share from 0 to 1",
+                            "--dropout 1.5": "expected a share", "--scale 0": "expected a positive number",
+                            "--lr nan": "lr is nan", "--shift inf": "not finite",
+                            "--val-sampler reco": "needs channels 2", "--residual-channel anchored": "needs channels 2",
+                            "--channels 2 --val-sampler anchored": "residual_channel anchored"}.items():
+        assert sentence in go(*flags.split()), flags
     assert "cannot be used" in go("--device", "tpu")
     (tmp_path / "empty").mkdir()
     assert "no .npy slices" in go("--data", tmp_path / "empty")

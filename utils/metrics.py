@@ -27,10 +27,13 @@ def headline_ssim(a_mu: torch.Tensor, b_mu: torch.Tensor) -> torch.Tensor:
 
 
 def measure(estimate_mu: torch.Tensor, truth_mu: torch.Tensor, width: float, centre: float) -> dict[str, torch.Tensor]:
-    """`psnr` (dB), `ssim`, `rmse_hu` of each slice in one window, mu (B, 1, H, W) -> (B,) each."""
+    """`psnr` (dB), `ssim`, `rmse_hu` of each slice in one window, mu (B, 1, H, W) -> (B,) each.
+
+    PSNR is 100 dB at most, so that a slice of air alone, which anything reconstructs, leaves means finite.
+    """
     a, b = window(estimate_mu, width, centre), window(truth_mu, width, centre)
     mse = (a - b).square().mean(dim=(1, 2, 3))
-    return {"psnr": -10 * torch.log10(mse), "ssim": ssim(a, b), "rmse_hu": mse.sqrt() * width}
+    return {"psnr": -10 * torch.log10(mse.clamp_min(1e-10)), "ssim": ssim(a, b), "rmse_hu": mse.sqrt() * width}
 
 
 def vif(estimate_mu: torch.Tensor, truth_mu: torch.Tensor, width: float, centre: float) -> torch.Tensor:

@@ -292,8 +292,9 @@ def main(argv=None) -> int:
     if job.size % multiple:
         sys.exit(f"The network takes sizes divisible by {multiple}, not {job.size}; choose another --size.")
     run = open_run(args.out, {
-        "source": job.source, "method": args.method, "views": job.views, "size": job.size, "weights": weights,
-        "dc": iterations, "format": args.format, "median_z": args.median_z, "deidentify": args.deidentify})
+        "source": job.source, "original": job.original and fingerprint([(job.original, "")]), "method": args.method,
+        "views": job.views, "size": job.size, "weights": weights, "dc": iterations,
+        "format": args.format, "median_z": args.median_z, "deidentify": args.deidentify})
 
     count, hidden = len(job.names), args.out / ".slices.npy"
     targets = [args.out / (VOLUMES[args.format][0] if args.format in VOLUMES else f"slice_{i + 1:04d}.dcm")
