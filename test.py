@@ -62,6 +62,7 @@ def parse(argv=None):
                         f"published samplers (default: {ITERATIONS}, and 0 for weights that were trained without)")
     parser.add_argument("--dc-pull", type=float, default=0.0,
                         help="weight of a quadratic pull of data consistency towards the network's estimate")
+    parser.add_argument("--dc-weighted", action="store_true", help="weigh rays by their noise (with --photons)")
     parser.add_argument("--semantic-budget", type=int,
                         help="spdps: n (default 2 below 72 views, 1 from there on and with data consistency)")
     parser.add_argument("--refine-steps", type=int, default=4, help="spdps: m, network calls of the detail phase")
@@ -94,8 +95,8 @@ def parse(argv=None):
         value = getattr(args, name)
         if value is not None and not least <= value < math.inf:
             parser.error(f"--{name.replace('_', '-')} {value}: expected a number of at least {least}")
-    if args.electronic and not args.photons:
-        parser.error("--electronic is noise on photon counts; give --photons too")
+    if (args.electronic or args.dc_weighted) and not args.photons:
+        parser.error("--electronic and --dc-weighted are about noise of photon counts; give --photons too")
     if not math.isfinite(args.start):
         parser.error(f"--start {args.start}: expected an angle in radians")
     try:
@@ -123,16 +124,16 @@ def measured(x0, n_views: int, names, degrade, args) -> list[torch.Tensor]:
 
 
 @torch.no_grad()
-def reconstruct(method: str, y, size: int, denoise, degrade, iterations: int, noise=None, pull=0.0, callback=None,
+def reconstruct(method: str, y, size: int, denoise, degrade, iterations: int, consistency=None, callback=None,
                 among=None, **options):
     """x0_hat (B, 1, size, size) and calls of each slice from measured sinograms of one view count, nothing else.
 
-    iterations, noise (photons, electronic), pull: of data consistency; among: levels of a chain, instead of the
-    published ones; callback and options are the method's.
+    iterations, consistency: of `data_consistency`, and its options; among: levels of a chain, instead of the published
+    ones; callback and options are the method's.
     """
     if method in BASELINES:
         return BASELINES[method](degrade, y, size, **options), [0] * len(y)
-    dc = data_consistency(degrade, y, iterations, *(noise or (None, 0.0)), pull=pull)
+    dc = data_consistency(degrade, y, iterations, **(consistency or {}))
     n_views = y[0].shape[-2]
     levels = levels_for(n_views, among or (consistent_levels(n_views) if dc else LEVELS))
     return SAMPLERS[method](denoise, degrade, degrade.fbp(y, size), levels, callback, dc, **options)
@@ -230,9 +231,9 @@ def main(argv=None):
     options = {"spdps": {"semantic_budget": args.semantic_budget, "refine_steps": args.refine_steps, "tau": args.tau},
                "tv": {"weight": args.tv_weight}}
     run = {"checkpoint": hashlib.sha256(checkpoint.read_bytes()).hexdigest()[:16], "data": fingerprint(files, hu),
-           "protocol": "cvg-official" if official else "cvg", "dc": iterations, "pull": args.dc_pull,
-           **{k: getattr(args, k) for k in ("methods", "views", "levels", "windows", "start", "photons", "electronic",
-                                            "seed", "batch", "precision", "device")},
+           "protocol": "cvg-official" if official else "cvg", "dc": iterations,
+           **{k: getattr(args, k) for k in ("methods", "views", "levels", "windows", "start", "dc_pull", "dc_weighted",
+                                            "photons", "electronic", "seed", "batch", "precision", "device")},
            **{k: v for k, v in options.items() if k in args.methods}}
     rank, processes, device = distributed.start(args.device)
     done = distributed.gather(open_results(args.out, run) if rank == 0 else None)[0]
@@ -242,13 +243,14 @@ def main(argv=None):
 
     degrade = Degradation(start=args.start, official=official)
     denoise = denoiser(placed(network, device, args.precision), clip=not official, precision=args.precision)
+    consistency = {"photons": args.photons, "electronic": args.electronic, "pull": args.dc_pull,
+                   "weighted": args.dc_weighted}
 
     def reconstruction(method, y, callback=None):
         given = options.get(method, {})
         if method in SAMPLERS:
             given = given | {"callback": callback, "among": args.levels}
-        return reconstruct(method, y, hu.shape[-1], denoise, degrade, iterations,
-                           (args.photons, args.electronic), args.dc_pull, **given)
+        return reconstruct(method, y, hu.shape[-1], denoise, degrade, iterations, consistency, **given)
 
     def image(method, n, name):
         return args.out / "images" / f"{method}_{n}views" / name

@@ -44,14 +44,14 @@ class Published:
 
 
 @torch.no_grad()
-def sample(denoise, degrade, y, size: int, n_views: int, batch: int, iterations: int):
+def sample(denoise, degrade, measurement, y, size: int, n_views: int, batch: int, iterations: int):
     """Reconstructions, seconds a slice and calls a slice of SPDPS; the first batch warms up and is done again."""
     synchronise = torch.cuda.synchronize if y[0].is_cuda else (lambda: None)
 
     def chain(first):
         part = y[first:first + batch]
-        dc = data_consistency(Degradation(), part, iterations)
-        return spdps(denoise, degrade, Degradation().fbp(part, size), levels_for(n_views), dc=dc)
+        dc = data_consistency(measurement, part, iterations)
+        return spdps(denoise, degrade, measurement.fbp(part, size), levels_for(n_views), dc=dc)
 
     chain(0)
     synchronise()
@@ -74,7 +74,10 @@ def main():
     parser.add_argument("--dc", type=int, help="iterations of data consistency (default: as test.py)")
     parser.add_argument("--bf16", action="store_true", help="add rows with the network in bf16")
     args = parser.parse_args()
-    check_device(args.device)
+    try:
+        check_device(args.device)
+    except ValueError as error:
+        parser.error(str(error))
 
     network, header = load_checkpoint(find_checkpoint(args.checkpoint), args.device)
     iterations = default_dc(header) if args.dc is None else args.dc
@@ -96,7 +99,7 @@ def main():
         first = None
         for name, (denoise, degrade, measurement, batch) in rows.items():
             y = measurement.project(x0, [n] * len(x0))
-            images, seconds, calls = sample(denoise, degrade, y, x0.shape[-1], n, batch, iterations)
+            images, seconds, calls = sample(denoise, degrade, measurement, y, x0.shape[-1], n, batch, iterations)
             psnr = measure(images, x0, *WINDOWS[0])["psnr"].mean().item()
             first = first or (seconds, psnr)
             print(f"| {n} | {name} | {seconds:.3f} | {first[0] / seconds:.2f} | {calls:.1f} | {psnr:.3f} | "

@@ -144,7 +144,7 @@ def main(argv=None):
                         y = measure(seen[part], n, batch) if y is None else y
                         iterations = args.dc if method.endswith(DC) else 0
                         x0_hat, nfe = reconstruct(method.removesuffix(DC), y, x0.shape[-1], denoise, degrade,
-                                                  iterations, (photons, 0.0))
+                                                  iterations, {"photons": photons})
                         rows = rows_of(x0_hat, x0[part], WINDOWS[:1], [
                             {"file": file, "patient": patients[first + i], "method": method, "views": n, "nfe": nfe[i],
                              "seconds_per_slice": "nan", "peak_gib": "nan"} for i, file in enumerate(batch)])

@@ -8,6 +8,7 @@ import torch
 from conftest import body
 from scipy.sparse.linalg import LinearOperator, lsqr
 from torch_radon import transmission_noise
+from torch_radon.solvers import cgne
 
 import test as evaluation
 from models.consistency import data_consistency, deviation
@@ -117,6 +118,11 @@ def test_noisy_measurements_are_fitted_no_closer_than_their_noise():
         np.testing.assert_allclose(misfits(x0, power), 1, atol=0.1, err_msg="the truth's misfit is the noise")
     known, blind = fit(40, photons), fit(40)
     assert errors(known).mean() < 0.9 * errors(start).mean() and (errors(known) < 0.7 * errors(blind)).all()
+    weighted = data_consistency(DEGRADE, noisy, 5, photons, weighted=True)(start, [0, 1, 2])
+    expected = cgne(projector(64, equal_angles(36)), start, torch.stack(noisy), max_iter=5,
+                    weights=torch.stack(sigma)**-2)
+    torch.testing.assert_close(weighted, expected)
+    assert not torch.allclose(weighted, fit(5), atol=1e-3)
     for i in range(3):  # the path is that of the unweighted fit, left at the first iterate that noise would explain
         left = next(k for k in range(1, 41) if misfits(fit(k))[i] <= 1)
         torch.testing.assert_close(known[i], fit(left)[i])

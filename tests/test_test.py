@@ -108,7 +108,7 @@ def test_bad_input_gets_a_sentence_and_nothing_is_overwritten(data, checkpoint, 
         assert f"--channels 2 --residual-channel {kind}" in go("--methods", method)
     assert "expected WIDTH,CENTRE in HU" in go("--windows", "3000")
     assert "expected WIDTH,CENTRE in HU" in go("--windows=-5,0")
-    assert "give --photons too" in go("--electronic", "5")
+    assert "give --photons too" in go("--electronic", "5") and "give --photons too" in go("--dc-weighted")
     assert "--photons 0.0: expected a number of at least 1" in go("--photons", "0")
     assert "--refine-steps 0: expected a number of at least 1" in go("--refine-steps", "0")
     assert "--start nan: expected an angle" in go("--start", "nan")
