@@ -16,7 +16,7 @@ import torch
 from torch_radon import transmission_noise
 from tqdm import tqdm
 
-from datasets.slices import find_slices, fingerprint, patients_of, read_slices
+from datasets.slices import find_slices, fingerprint, patients_of, read_slices, spread
 from models.baselines import BASELINES, TV_WEIGHT, sirt
 from models.checkpoint import check_methods, default_dc, denoiser, find_checkpoint, load_checkpoint, placed
 from models.consistency import ITERATIONS, data_consistency
@@ -221,9 +221,7 @@ def main(argv=None):
     network, header = load_checkpoint(checkpoint)
     check_methods(args.methods, network, header, checkpoint)
     files = find_slices(args.data, "test")
-    if args.limit:
-        spread = np.linspace(0, len(files) - 1, min(args.limit, len(files))).round().astype(int)
-        files = [files[i] for i in spread]
+    files = [files[i] for i in spread(len(files), args.limit)]
     files, hu = read_slices(files, network.config.multiple, args.strict)
     names, patients = [f.name for f in files], patients_of(files)
     iterations = default_dc(header) if args.dc is None else args.dc

@@ -18,7 +18,7 @@ import torch
 from torch_radon import RadonFanbeam
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from datasets.slices import find_slices, read_slices  # noqa: E402
+from datasets.slices import find_slices, read_slices, spread  # noqa: E402
 from models.checkpoint import default_dc, denoiser, find_checkpoint, load_checkpoint, placed  # noqa: E402
 from models.consistency import data_consistency  # noqa: E402
 from models.degradation import FULL_VIEWS, Degradation, equal_angles, levels_for, projector  # noqa: E402
@@ -82,8 +82,7 @@ def main():
     network, header = load_checkpoint(find_checkpoint(args.checkpoint), args.device)
     iterations = default_dc(header) if args.dc is None else args.dc
     files = find_slices(args.data, "test")
-    spread = np.linspace(0, len(files) - 1, min(args.slices, len(files))).round().astype(int)
-    _, hu = read_slices([files[i] for i in spread], network.config.multiple)
+    _, hu = read_slices([files[i] for i in spread(len(files), args.slices)], network.config.multiple)
     x0 = Degradation().full(hu_to_mu(torch.from_numpy(hu))[:, None].to(args.device))
     device = torch.cuda.get_device_name() if x0.is_cuda else f"{torch.get_num_threads()} CPU threads"
     print(f"torch {torch.__version__}, {device}, {len(x0)} slices, {header.get('preset')} weights")

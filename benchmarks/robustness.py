@@ -19,13 +19,12 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch.nn.functional import avg_pool1d, interpolate
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from datasets.slices import find_slices, fingerprint, patients_of, read_slices  # noqa: E402
+from datasets.slices import find_slices, fingerprint, patients_of, read_slices, spread  # noqa: E402
 from models.checkpoint import denoiser, find_checkpoint, load_checkpoint, placed  # noqa: E402
 from models.consistency import ITERATIONS  # noqa: E402
 from models.degradation import Degradation, equal_angles, projector  # noqa: E402
@@ -119,8 +118,7 @@ def main(argv=None):
     checkpoint = find_checkpoint(args.checkpoint)
     network, header = load_checkpoint(checkpoint, args.device)
     files = find_slices(args.data, "test")
-    spread = np.linspace(0, len(files) - 1, min(args.limit or len(files), len(files))).round().astype(int)
-    files, hu = read_slices([files[i] for i in spread], network.config.multiple)
+    files, hu = read_slices([files[i] for i in spread(len(files), args.limit)], network.config.multiple)
     names, patients = [f.name for f in files], patients_of(files)
     official = header.get("protocol") == "cvg-official"
     degrade = Degradation(official=official)

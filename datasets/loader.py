@@ -9,7 +9,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from datasets.slices import find_slices, fingerprint, read_slices, split_by_patient
+from datasets.slices import find_slices, fingerprint, read_slices, split_by_patient, spread
 from utils.distributed import shares
 from utils.units import hu_to_mu
 
@@ -28,8 +28,8 @@ def load_slices(data, val_fraction: float, val_slices: int, seed: int, multiple:
     for files in (train, val):
         files, hu = read_slices(files, multiple, strict)
         if val_slices and splits:
-            spread = np.linspace(0, len(hu) - 1, min(val_slices, len(hu))).round().astype(int)
-            files, hu = [files[i] for i in spread], hu[spread]
+            chosen = spread(len(hu), val_slices)
+            files, hu = [files[i] for i in chosen], hu[chosen]
         prints.append(fingerprint(files, hu))
         splits.append(([f.name for f in files], hu_to_mu(torch.from_numpy(hu))[:, None]))
     return *splits, prints

@@ -92,6 +92,11 @@ def read_slices(files: list[Path], multiple: int = 1, strict: bool = False) -> t
     return kept, np.stack(slices)
 
 
+def spread(count: int, wanted: int | None) -> list[int]:
+    """Indices of `wanted` of `count` slices, evenly spread; of all where none or as many are wanted."""
+    return np.linspace(0, count - 1, min(wanted or count, count)).round().astype(int).tolist()
+
+
 def split_by_patient(files: list[Path], fraction: float, seed: int = 0) -> tuple[list[Path], list[Path]]:
     """(training, validation) files; about `fraction` of the patients validate, at least one, never all."""
     owners = patients_of(files)
