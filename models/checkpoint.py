@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 
 from models.consistency import ITERATIONS
 from models.degradation import FULL_VIEWS, LEVELS, condition
+from models.samplers import RESIDUAL_CHANNEL
 from models.unet import UNet, UNetConfig
 from utils.files import atomic
 from utils.units import HU_RANGE, hu_to_mu
@@ -149,7 +150,7 @@ def load_checkpoint(path: str | Path, device: str = "cpu") -> tuple[UNet, dict]:
 def check_methods(methods: list[str], network: UNet, header: dict, path: Path) -> None:
     """Exits with a sentence where a method needs what the network does not have."""
     trained = header.get("training", {}).get("preset", {}).get("residual_channel", "two-pass")
-    for method, kind in (("reco", "two-pass"), ("anchored", "anchored")):
+    for method, kind in RESIDUAL_CHANNEL.items():
         if method in methods and (network.config.channels < 2 or trained != kind):
             sys.exit(f"{method} needs a network with a {kind} residual channel, and {path.name} has none; choose "
                      f"another method, or a checkpoint trained with --channels 2 --residual-channel {kind}.")

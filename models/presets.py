@@ -3,6 +3,7 @@
 import math
 from dataclasses import asdict, dataclass, replace
 
+from models.samplers import RESIDUAL_CHANNEL
 from models.unet import UNetConfig
 
 
@@ -84,13 +85,13 @@ class Preset:
                 raise ValueError(f"{name} is {getattr(self, name)}; expected a positive number")
         if not math.isfinite(self.lr + self.weight_decay + self.shift + self.scale):
             raise ValueError("lr, weight_decay, shift or scale is not finite")
-        beside = {"reco": "two-pass", "anchored": "anchored"}.get(self.val_sampler, self.residual_channel)
-        if self.channels == 1 and self.val_sampler in ("reco", "anchored") or beside != self.residual_channel:
-            raise ValueError(f"val_sampler {self.val_sampler} needs channels 2 and residual_channel {beside}")
-        if self.channels == 1 and self.residual_channel != "two-pass":
-            raise ValueError(f"residual_channel {self.residual_channel} needs channels 2")
         if self.channels not in (1, 2):
             raise ValueError(f"channels is {self.channels}; expected 1, or 2 for the residual channel")
+        kind = RESIDUAL_CHANNEL.get(self.val_sampler)
+        if kind and (self.channels, self.residual_channel) != (2, kind):
+            raise ValueError(f"val_sampler {self.val_sampler} needs channels 2 and residual_channel {kind}")
+        if self.residual_channel == "anchored" and self.channels == 1:
+            raise ValueError("residual_channel anchored needs channels 2")
         if self.width % 32:
             raise ValueError(f"width is {self.width}; expected a multiple of 32, the groups of its normalisation")
 

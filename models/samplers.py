@@ -147,5 +147,6 @@ def spdps(denoise, degrade, x_T, levels, callback=None, dc=None, *,
     return out, nfe
 
 
+RESIDUAL_CHANNEL = {"reco": "two-pass", "anchored": "anchored"}  # samplers that need one, and how it was trained
 SAMPLERS = {"one-step": one_step, "sequential": sequential, "naive": naive, "reco": reco, "anchored": anchored,
             "spdps": spdps}

@@ -13,7 +13,7 @@ from torch_radon.solvers import cgne
 import test as evaluation
 from models.consistency import data_consistency, deviation
 from models.degradation import Degradation, equal_angles, projector
-from models.samplers import SAMPLERS, naive, sequential
+from models.samplers import RESIDUAL_CHANNEL, SAMPLERS, naive, sequential
 from utils.units import hu_to_mu, pixel_cm
 
 DEGRADE = Degradation()
@@ -190,7 +190,7 @@ def test_another_truth_with_the_same_measurement_changes_no_bit(data, tmp_path, 
         return kept.setdefault(tuple(names), measured(x0, n_views, names, degrade, args))
 
     monkeypatch.setattr(evaluation, "measured", first_measurement)
-    images, tables, methods = [], [], [m for m in evaluation.METHODS if m not in ("reco", "anchored")]
+    images, tables, methods = [], [], [m for m in evaluation.METHODS if m not in RESIDUAL_CHANNEL]
     for i in range(2):
         out = tmp_path / str(i)
         call(evaluation.main, "--data", data, "--views", 54, "--batch", 2, "--dc", 4, "--photons", 1e5, "--out", out,
