@@ -159,8 +159,8 @@ def test_paper_fields():
     assert (paper.epct_start, paper.hops, paper.jumps, paper.update, paper.rollout) == (2000, 1, 1.0, "shift", "ema")
     assert (paper.loss, paper.publish, paper.val_sampler) == ("mse", "raw", "sequential")
     assert paper.network() == UNetConfig()
-    assert not (paper.augment or paper.deforms or paper.per_sample_levels or paper.dc or paper.focus)
-    assert paper.starts == 1 and paper.accumulate == 1
+    assert not (paper.augment or paper.deforms or paper.per_sample_levels or paper.dc or paper.focus or paper.between)
+    assert paper.starts == 1 and paper.accumulate == 1 and not paper.combined and paper.warmup == 0
 
 
 def test_the_recorded_seed_draws_these_levels():
