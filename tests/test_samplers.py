@@ -27,6 +27,9 @@ class Recorder:
         self.levels.append(LEVELS.index(views[0]))
         return torch.full_like(x_t, len(self.levels))
 
+    def __call__(self, x0_hat, n_s):
+        return x0_hat
+
     def shift(self, x_t, x0_hat, n_t, n_s):
         self.degradations += [[len(self.levels), n_t[0]], [len(self.levels), n_s[0]]]
         return x_t
@@ -147,3 +150,14 @@ def test_spdps_restarts_only_without_data_consistency(slices):
         return x0_hat
 
     assert (nfe(), nfe(dc=dc), nfe(dc=dc, semantic_budget=2)) == ([8], [6], [8])
+
+
+def test_spdps_visits_no_level_again_with_data_consistency():
+    """72 views, settled at once: 72, 126, and 180 next, where the published sampler visits 126 again."""
+    def visited(dc):
+        recorder = Recorder()
+        spdps(recorder.denoise, recorder, torch.zeros(1, 1, 8, 8), levels_for(72), dc=dc, semantic_budget=1,
+              similarity=lambda a, b: torch.ones(1))
+        return recorder.levels
+
+    assert visited(None) == [4, 3, 3, 2, 1, 0] and visited(lambda x0_hat, slices: x0_hat) == [4, 3, 2, 1, 0]
