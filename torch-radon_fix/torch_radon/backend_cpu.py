@@ -367,7 +367,7 @@ def _plan(geometry: Geometry, batch: int) -> _Plan:
     if geometry.det_offset == 0:  # a mirrored view reads its bins backwards: keep the cropped detector symmetric
         first = min(first, geometry.det_count - stop)
         stop = geometry.det_count - first
-    reduction = choose(geometry)
+    reduction = choose(geometry, LANES)
     elements, views = len(reduction.group), len(reduction.angles)
     blocks = -(-elements * batch // LANES)
     height, width = geometry.height, geometry.width

@@ -78,11 +78,12 @@ def bins_per_radian(geometry: Geometry) -> float:
     return r * span * near / (near - r) ** 2 / geometry.det_spacing
 
 
-def choose(geometry: Geometry) -> Reduction:
-    """The reduction with the fewest representatives, and of these the one with the fewest copies of an image.
+def choose(geometry: Geometry, lanes: int) -> Reduction:
+    """The reduction that is cheapest for one image and for each of `lanes` images, both counted.
 
-    A large batch would fill the lanes with fewer copies, by a tenth faster; but then its images would differ in their
-    last bits from what they are alone, and long chains of operators magnify that a thousandfold.
+    One image costs its representatives, each of many these times the lanes that its copies take; packing a copy costs
+    about as much as a representative. Whatever the batch, the choice is one: else its images would differ in their last
+    bits from what they are alone, and long chains of operators magnify that a thousandfold.
     """
     square, even = geometry.height == geometry.width, geometry.det_offset == 0
     groups = GROUPS if bins_per_radian(geometry) <= FASTEST else GROUPS[-1:]  # merging moves angles by their rounding
@@ -90,7 +91,7 @@ def choose(geometry: Geometry) -> Reduction:
     merge_on_axis = geometry.fan and np.abs(geometry.bins).min() > 1e-3
     candidates = [reduce_views(geometry.angles, group, merge_on_axis) for group in groups
                   if (square or all(k % 2 == 0 for k, _ in group)) and (even or all(s > 0 for _, s in group))]
-    return min(candidates, key=lambda r: (len(r.angles), len(r.group)))
+    return min(candidates, key=lambda r: len(r.angles) * (1 + len(r.group) / lanes) + 2 * len(r.group))
 
 
 def pixel_map(element: tuple[int, int], height: int, width: int) -> tuple[int, int, int]:
