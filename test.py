@@ -20,7 +20,7 @@ from datasets.slices import find_slices, fingerprint, patients_of, read_slices, 
 from models.baselines import BASELINES, TV_WEIGHT, sirt
 from models.checkpoint import check_methods, default_dc, denoiser, find_checkpoint, load_checkpoint, placed
 from models.consistency import ITERATIONS, data_consistency
-from models.degradation import FULL_VIEWS, LEVELS, Degradation, consistent_levels, levels_for
+from models.degradation import FULL_VIEWS, Degradation, chain_levels, levels_for
 from models.samplers import SAMPLERS
 from utils import distributed, figures
 from utils.device import check_device, default_device, forget_peak, peak_memory
@@ -56,7 +56,7 @@ def parse(argv=None):
                         help="HU windows of the metrics, the headline first (default 3000,500 500,50 2000,0)")
     parser.add_argument("--levels", type=int, nargs="+",
                         help="view counts that chains pass through, where denser than the measurement (default: the "
-                        "published ones; with data consistency a measurement between them skips those under twice its)")
+                        "published ones, or with data consistency multiples of the measured)")
     parser.add_argument("--start", type=float, default=0.0, help="angle of the first view, radians")
     parser.add_argument("--dc", type=int, help="iterations of data consistency after every network call; 0 gives the "
                         f"published samplers (default: {ITERATIONS}, and 0 for weights that were trained without)")
@@ -124,25 +124,22 @@ def measured(x0, n_views: int, names, degrade, args) -> list[torch.Tensor]:
 
 
 @torch.no_grad()
-def reconstruct(method: str, y, size: int, denoise, degrade, iterations: int, consistency=None, callback=None,
-                among=None, **options):
+def reconstruct(method: str, y, size: int, denoise, degrade, iterations: int, consistency=None, **options):
     """x0_hat (B, 1, size, size) and calls of each slice from measured sinograms of one view count, nothing else.
 
-    iterations, consistency: of `data_consistency`, and its options; among: levels of a chain, instead of the published
-    ones; callback and options are the method's.
+    iterations, consistency: of `data_consistency`, and its options; options: the method's, a sampler's
+    levels among them.
     """
     if method in BASELINES:
         return BASELINES[method](degrade, y, size, **options), [0] * len(y)
     dc = data_consistency(degrade, y, iterations, **(consistency or {}))
-    n_views = y[0].shape[-2]
-    levels = levels_for(n_views, among or (consistent_levels(n_views) if dc else LEVELS))
-    return SAMPLERS[method](denoise, degrade, degrade.fbp(y, size), levels, callback, dc, **options)
+    return SAMPLERS[method](denoise, degrade, degrade.fbp(y, size), dc=dc, **options)
 
 
-def warm_up(y, size, denoise, degrade, iterations, among) -> None:
+def warm_up(y, size, denoise, degrade, iterations, levels) -> None:
     """Compile kernels, build tables and let libraries choose algorithms before anything is timed."""
-    reconstruct("sequential", y, size, lambda x, views: x, degrade, iterations, among=among)
-    reconstruct("one-step", y, size, denoise, degrade, 0)
+    reconstruct("sequential", y, size, lambda x, views: x, degrade, iterations, levels=levels)
+    reconstruct("one-step", y, size, denoise, degrade, 0, levels=levels)
     sirt(degrade, y, size, iterations=1)
 
 
@@ -219,7 +216,7 @@ def main(argv=None):
     args = parse(argv)
     checkpoint = find_checkpoint(args.checkpoint)
     network, header = load_checkpoint(checkpoint)
-    check_methods(args.methods, network, header, checkpoint)
+    check_methods(args.methods, network, checkpoint)
     files = find_slices(args.data, "test")
     files = [files[i] for i in spread(len(files), args.limit)]
     files, hu = read_slices(files, network.config.multiple, args.strict)
@@ -243,11 +240,14 @@ def main(argv=None):
     denoise = denoiser(placed(network, device, args.precision), clip=not official, precision=args.precision)
     consistency = {"photons": args.photons, "electronic": args.electronic, "pull": args.dc_pull,
                    "weighted": args.dc_weighted}
+    config = network.config
+    levels = {n: levels_for(n, args.levels) if args.levels else chain_levels(n, config.conditioning, iterations)
+              for n in args.views}
 
     def reconstruction(method, y, callback=None):
         given = options.get(method, {})
         if method in SAMPLERS:
-            given = given | {"callback": callback, "among": args.levels}
+            given = given | {"levels": levels[y[0].shape[-2]], "callback": callback, "anchored": config.anchored}
         return reconstruct(method, y, hu.shape[-1], denoise, degrade, iterations, consistency, **given)
 
     def image(method, n, name):
@@ -271,7 +271,7 @@ def main(argv=None):
                     y = measured(x0, n, batch, degrade, args)
                     if (n, len(batch)) not in warm:
                         warm.add((n, len(batch)))
-                        warm_up(y, hu.shape[-1], denoise, degrade, iterations, args.levels)
+                        warm_up(y, hu.shape[-1], denoise, degrade, iterations, levels[n])
                     forget_peak(device)
                     synchronize(device)
                     start = time.perf_counter()

@@ -14,6 +14,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
@@ -90,17 +91,25 @@ def optimize(optimizer, network, clip: float, lr: float) -> tuple[torch.Tensor, 
     return norm.detach(), optimizer.found_inf
 
 
+def with_channels(state: dict[str, torch.Tensor], channels: int) -> dict[str, torch.Tensor]:
+    """Weights whose first layer takes so many channels; it ignores those it did not have."""
+    first = state["conv_in.weight"]
+    return state | {"conv_in.weight": F.pad(first, (0, 0, 0, 0, 0, channels - first.shape[1]))}
+
+
 def build(args, preset: Preset, device: str, dtype: torch.dtype, run: dict):
     """Network, its EMA and optimizer at the start of a run."""
     torch.manual_seed(args.seed)
     network = UNet(preset.network()).to(device, dtype)
     if args.init:
         weights, _ = load_checkpoint(args.init, device)
-        free = {"conditioning": preset.conditioning, "dropout": preset.dropout, "zero_init": preset.zero_init}
-        if replace(weights.config, **free) != network.config:  # these have no weights of their own
+        free = ["conditioning", "dropout", "zero_init"]  # these have no weights of their own,
+        if weights.config.channels == 1:
+            free += ["channels", "residual_channel"]  # and a residual channel can start from none
+        if replace(weights.config, **{name: getattr(preset, name) for name in free}) != network.config:
             sys.exit(f"{args.init} holds another architecture than --preset {args.preset}; repeat the flags that made "
                      "it.")
-        network.load_state_dict(weights.state_dict())
+        network.load_state_dict(with_channels(weights.state_dict(), network.conv_in.in_channels))
         run["init"] = hashlib.sha256(args.init.read_bytes()).hexdigest()[:16]
     if preset.channels_last and torch.device(device).type == "cuda":
         network.to(memory_format=torch.channels_last)

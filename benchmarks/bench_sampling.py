@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from datasets.slices import find_slices, read_slices, spread  # noqa: E402
 from models.checkpoint import default_dc, denoiser, find_checkpoint, load_checkpoint, placed  # noqa: E402
 from models.consistency import data_consistency  # noqa: E402
-from models.degradation import FULL_VIEWS, Degradation, equal_angles, levels_for, projector  # noqa: E402
+from models.degradation import FULL_VIEWS, Degradation, chain_levels, equal_angles, projector  # noqa: E402
 from models.samplers import spdps  # noqa: E402
 from utils.device import check_device, default_device  # noqa: E402
 from utils.metrics import measure  # noqa: E402
@@ -44,14 +44,15 @@ class Published:
 
 
 @torch.no_grad()
-def sample(denoise, degrade, measurement, y, size: int, n_views: int, batch: int, iterations: int):
+def sample(denoise, config, degrade, measurement, y, size: int, n_views: int, batch: int, iterations: int):
     """Reconstructions, seconds a slice and calls a slice of SPDPS; the first batch warms up and is done again."""
     synchronise = torch.cuda.synchronize if y[0].is_cuda else (lambda: None)
 
     def chain(first):
         part = y[first:first + batch]
         dc = data_consistency(measurement, part, iterations)
-        return spdps(denoise, degrade, measurement.fbp(part, size), levels_for(n_views), dc=dc)
+        levels = chain_levels(n_views, config.conditioning, iterations)
+        return spdps(denoise, degrade, measurement.fbp(part, size), levels, dc=dc, anchored=config.anchored)
 
     chain(0)
     synchronise()
@@ -98,7 +99,8 @@ def main():
         first = None
         for name, (denoise, degrade, measurement, batch) in rows.items():
             y = measurement.project(x0, [n] * len(x0))
-            images, seconds, calls = sample(denoise, degrade, measurement, y, x0.shape[-1], n, batch, iterations)
+            images, seconds, calls = sample(denoise, network.config, degrade, measurement, y, x0.shape[-1], n, batch,
+                                            iterations)
             psnr = measure(images, x0, *WINDOWS[0])["psnr"].mean().item()
             first = first or (seconds, psnr)
             print(f"| {n} | {name} | {seconds:.3f} | {first[0] / seconds:.2f} | {calls:.1f} | {psnr:.3f} | "

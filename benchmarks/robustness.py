@@ -27,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from datasets.slices import find_slices, fingerprint, patients_of, read_slices, spread  # noqa: E402
 from models.checkpoint import denoiser, find_checkpoint, load_checkpoint, placed  # noqa: E402
 from models.consistency import ITERATIONS  # noqa: E402
-from models.degradation import Degradation, equal_angles, projector  # noqa: E402
+from models.degradation import Degradation, chain_levels, equal_angles, projector  # noqa: E402
 from models.samplers import SAMPLERS  # noqa: E402
 from test import measured, reconstruct, rows_of  # noqa: E402
 from utils.device import check_device, default_device  # noqa: E402
@@ -141,8 +141,11 @@ def main(argv=None):
                         part = slice(first, first + args.batch)
                         y = measure(seen[part], n, batch) if y is None else y
                         iterations = args.dc if method.endswith(DC) else 0
+                        chain = {} if method == "fbp" else {
+                            "levels": chain_levels(n, network.config.conditioning, iterations),
+                            "anchored": network.config.anchored}
                         x0_hat, nfe = reconstruct(method.removesuffix(DC), y, x0.shape[-1], denoise, degrade,
-                                                  iterations, {"photons": photons})
+                                                  iterations, {"photons": photons}, **chain)
                         rows = rows_of(x0_hat, x0[part], WINDOWS[:1], [
                             {"file": file, "patient": patients[first + i], "method": method, "views": n, "nfe": nfe[i],
                              "seconds_per_slice": "nan", "peak_gib": "nan"} for i, file in enumerate(batch)])

@@ -14,7 +14,6 @@ from safetensors.torch import save_file
 
 from models.consistency import ITERATIONS
 from models.degradation import FULL_VIEWS, LEVELS, condition
-from models.samplers import RESIDUAL_CHANNEL
 from models.unet import UNet, UNetConfig
 from utils.files import atomic
 from utils.units import HU_RANGE, hu_to_mu
@@ -147,13 +146,11 @@ def load_checkpoint(path: str | Path, device: str = "cpu") -> tuple[UNet, dict]:
     return network.eval().to(device), header
 
 
-def check_methods(methods: list[str], network: UNet, header: dict, path: Path) -> None:
+def check_methods(methods: list[str], network: UNet, path: Path) -> None:
     """Exits with a sentence where a method needs what the network does not have."""
-    trained = header.get("training", {}).get("preset", {}).get("residual_channel", "two-pass")
-    for method, kind in RESIDUAL_CHANNEL.items():
-        if method in methods and (network.config.channels < 2 or trained != kind):
-            sys.exit(f"{method} needs a network with a {kind} residual channel, and {path.name} has none; choose "
-                     f"another method, or a checkpoint trained with --channels 2 --residual-channel {kind}.")
+    if "reco" in methods and (network.config.channels < 2 or network.config.anchored):
+        sys.exit(f"reco needs a network with a two-pass residual channel, and {path.name} has none; choose another "
+                 "method, or a checkpoint trained with --preset reco, or --channels 2 --residual-channel two-pass.")
 
 
 def default_dc(header: dict) -> int:

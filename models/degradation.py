@@ -27,19 +27,27 @@ def condition(n_views: int, kind: str) -> float:
     return float(np.interp(-math.log(n_views), [-math.log(n) for n in LEVELS], range(len(LEVELS))))
 
 
-def consistent_levels(n_views: int) -> tuple[int, ...]:
-    """The published levels that chains with data consistency pass through after a measurement (`among` of levels_for).
-
-    All for a published view count. Any other shares few views with a level not much denser than it, whose streaks then
-    cost more than the level brings: such chains pass through those with at least twice its views and the densest. On
-    validation slices that gains 0.6 dB at 24, 30 and 48 views and more at 20.
-    """
-    return LEVELS if n_views in LEVELS else tuple(n for n in LEVELS if n >= min(2 * n_views, LEVELS[0]))
-
-
 def levels_for(n_views: int, among: Iterable[int] = LEVELS) -> tuple[int, ...]:
     """The levels of a chain that starts from a measurement: those `among` denser than it, densest first, then its."""
     return tuple(sorted((n for n in set(among) if n > n_views), reverse=True)) + (n_views,)
+
+
+def chain_levels(n_views: int, conditioning: str, dc: int) -> tuple[int, ...]:
+    """The levels of a chain: the published ones or, with data consistency and for a network that knows any view count,
+    `multiples` of the measured."""
+    return multiples(n_views) if dc and conditioning == "log-views" else levels_for(n_views)
+
+
+def multiples(n_views: int) -> tuple[int, ...]:
+    """Levels that all contain the measured views, densest first: 1, 2, 3, 4 times as many and four even steps from
+    there to the first multiple of at least 288. From 18 views on these are the published levels.
+
+    An estimate that is consistent with the measurement is exact in the views it shares with a level. The published
+    levels share few with most measurements, and chains through them lose up to 2 dB (README, "Any view count").
+    """
+    top = max(1, math.ceil(LEVELS[0] / n_views))
+    factors = {*range(1, min(top, 4) + 1), *(round(4 + (top - 4) * i / 4) for i in range(1, 5) if top > 4)}
+    return tuple(n_views * k for k in sorted(factors, reverse=True))
 
 
 @lru_cache(maxsize=64)

@@ -8,7 +8,7 @@ import torch
 
 from datasets.loader import Part, deform
 from models.consistency import data_consistency
-from models.degradation import LEVELS, Degradation, condition, consistent_levels
+from models.degradation import LEVELS, Degradation, chain_levels, condition
 from models.presets import Preset
 from models.samplers import anchored_residual
 
@@ -62,17 +62,13 @@ def _radii(size: int, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
     return radii / radii.mean()
 
 
-def denser_views(n: int, uniform, jumps: float) -> int:
-    """Views of the level after n views: `denser_level` among those that a chain passes through from n."""
-    t = sum(level > n for level in consistent_levels(n))
-    return LEVELS[denser_level(t, uniform, jumps)] if t else n
-
-
-def denser_level(t: int, uniform, jumps: float) -> int:
-    """The level after t: t' ~ U{0..t-1} with probability `jumps`, else t - 1. A chain at level 0 stays there."""
+def denser_views(n: int, levels: tuple[int, ...], uniform, jumps: float) -> int:
+    """Views of the level after n views in a chain through `levels`: any denser one, uniformly, with probability
+    `jumps`, else the next. A chain at the densest stays there."""
+    t = levels.index(n)
     if t == 0:
-        return 0
-    return int(uniform[1] * t) if uniform[0] < jumps else t - 1
+        return n
+    return levels[int(uniform[1] * t) if uniform[0] < jumps else t - 1]
 
 
 @torch.no_grad()
@@ -126,8 +122,9 @@ def hop(chain: Chain, number: int, preset: Preset) -> None:
         chain.residual = anchored_residual(chain.degrade, x0_hat, *chain.measured)
     if chain.dc:
         x0_hat = chain.dc(x0_hat, range(len(x0_hat)))
-    n_s = [denser_views(n, u[2 * number - 1:2 * number + 1], preset.jumps)
-           for n, u in zip(chain.views, chain.part.uniform, strict=True)]
+    n_s = [denser_views(n, chain_levels(n_T, preset.conditioning, preset.dc), u[2 * number - 1:2 * number + 1],
+                        preset.jumps)
+           for n, n_T, u in zip(chain.views, chain.measured[1], chain.part.uniform, strict=True)]
     chain.pure = _at_level_0(chain.views, chain.x_t) if preset.update == "shift" else None
     chain.x_t, chain.views = compose(chain.degrade, chain.x_t, chain.views, x0_hat, n_s, preset.update), n_s
 

@@ -3,7 +3,6 @@
 import math
 from dataclasses import asdict, dataclass, replace
 
-from models.samplers import RESIDUAL_CHANNEL
 from models.unet import UNetConfig
 
 
@@ -87,18 +86,18 @@ class Preset:
             raise ValueError("lr, weight_decay, shift or scale is not finite")
         if self.channels not in (1, 2):
             raise ValueError(f"channels is {self.channels}; expected 1, or 2 for the residual channel")
-        kind = RESIDUAL_CHANNEL.get(self.val_sampler)
-        if kind and (self.channels, self.residual_channel) != (2, kind):
-            raise ValueError(f"val_sampler {self.val_sampler} needs channels 2 and residual_channel {kind}")
         if self.residual_channel == "anchored" and self.channels == 1:
             raise ValueError("residual_channel anchored needs channels 2")
+        if self.val_sampler == "reco" and (self.channels, self.residual_channel) != (2, "two-pass"):
+            raise ValueError("val_sampler reco needs channels 2 and residual_channel two-pass")
         if self.width % 32:
             raise ValueError(f"width is {self.width}; expected a multiple of 32, the groups of its normalisation")
 
     def network(self) -> UNetConfig:
         return UNetConfig(width=self.width, blocks=self.blocks, dropout=self.dropout, stem=self.stem,
-                          channels=self.channels, conditioning=self.conditioning, residual=self.residual,
-                          shift=self.shift, scale=self.scale, zero_init=self.zero_init)
+                          channels=self.channels, residual_channel=self.residual_channel,
+                          conditioning=self.conditioning, residual=self.residual, shift=self.shift, scale=self.scale,
+                          zero_init=self.zero_init)
 
     @property
     def deforms(self) -> bool:
@@ -114,11 +113,12 @@ COMPUTATION = ("accumulate", "channels_last", "compile", "patience")
 
 PAPER = Preset()
 TINY = replace(
-    PAPER, width=32, dropout=0.0, stem=2, conditioning="log-views", residual=True, shift=0.1, scale=0.1, zero_init=True,
-    images=6000, batch=2, augment=True, per_sample_levels=True, focus=0.7, between=0.5, epct_start=500, hops=5,
-    jumps=0.5, update="naive", dc=8, loss="rmse", rollout="own", optimizer="adamw", lr=1e-3, weight_decay=1e-4,
-    schedule="cosine", warmup=100, precision="bf16", ema=0.999, ema_every=1, ema_start=100, ema_dropout=False,
-    publish="ema", val_sampler="naive", val_slices=8, val_every=1000, save_every=200)
+    PAPER, width=32, dropout=0.0, stem=2, channels=2, residual_channel="anchored", conditioning="log-views",
+    residual=True, shift=0.1, scale=0.1, zero_init=True, images=6000, batch=2, augment=True,
+    per_sample_levels=True, focus=0.7, between=0.5, epct_start=500, hops=5, jumps=0.5, update="naive", dc=8,
+    loss="rmse", rollout="own", optimizer="adamw", lr=1e-3, weight_decay=1e-4, schedule="cosine", warmup=100,
+    precision="bf16", ema=0.999, ema_every=1, ema_start=100, ema_dropout=False, publish="ema", val_sampler="naive",
+    val_slices=8, val_every=1000, save_every=200)
 PRESETS = {
     # The published recipe (Chen et al., MICCAI 2025), number by number.
     "paper": PAPER,

@@ -1,14 +1,15 @@
-"""Samplers: pure functions (denoise, degrade, x_T, levels, callback, dc, options) -> (x0_hat, nfe).
+"""Samplers: pure functions (denoise, degrade, x_T, levels, callback, dc, anchored, options) -> (x0_hat, nfe).
 
-denoise(x_t, views): estimate of x0 from slices (B, 1, H, W) that each hold `views[i]` views' artefacts; `reco` and
-`anchored` give it a second channel.
+denoise(x_t, views): estimate of x0 from slices (B, 1, H, W) that each hold `views[i]` views' artefacts; with `anchored`
+and in `reco` there is a second channel.
 degrade: a `Degradation`. x_T: FBP of the measurement, mu (B, 1, H, W). levels: view counts, densest first; the last
 is the measurement's. dc(x0_hat, slices), if given, makes the estimates of these slices consistent with their
 measurements after every network call (models/consistency.py). The update from level t to s is the published one,
 x_s = x_t - D(x0_hat, n_t) + D(x0_hat, n_s); with dc it is x_s = D(x0_hat, n_s): a consistent estimate leaves nothing
 of the measurement to carry over, only the errors of estimates before it. callback(slices, views, x0_hat), if given,
-sees every network call: the indices of the slices in it, their view counts and estimates. nfe: network calls of each
-slice, a list. A batch gives what its slices alone give.
+sees every network call: the indices of the slices in it, their view counts and estimates. anchored: the network was
+trained with the second channel of `anchored_residual`. nfe: network calls of each slice, a list. A batch gives what its
+slices alone give.
 """
 
 import torch
@@ -16,17 +17,34 @@ import torch
 from utils.metrics import headline_ssim
 
 
-def _estimate(denoise, x, views, slices, dc, callback):
-    """R(x, t), made consistent with the measurements where there is `dc`, and shown to `callback`."""
-    return _consistent(denoise(x, views), views, slices, dc, callback)
+def anchored_residual(degrade, x0_hat, x_T, n_T):
+    """tanh(D(x0_hat, n_T) - x_T): where an estimate contradicts the measurement (RBG-Diff, 2026)."""
+    return torch.tanh(degrade(x0_hat, n_T) - x_T)
 
 
-def _consistent(x0_hat, views, slices, dc, callback):
-    if dc:
-        x0_hat = dc(x0_hat, slices)
-    if callback:
-        callback(slices, views, x0_hat)
-    return x0_hat
+def _estimator(denoise, degrade, x_T, n_T, callback, dc, anchored=False):
+    """estimate(x, views, slices): R(x, t), consistent with the measurements where there is `dc`, shown to `callback`.
+
+    anchored: beside the residual of the network's last estimate of each slice, as it was before dc, which leaves little
+    of it; nothing in the first call.
+    """
+    last = {}
+
+    def estimate(x, views, slices):
+        if known := [j for j, i in enumerate(slices) if anchored and i in last]:
+            residual = torch.zeros_like(x)
+            residual[known] = anchored_residual(degrade, torch.stack([last[slices[j]] for j in known]),
+                                                x_T[[slices[j] for j in known]], [n_T] * len(known))
+            x = torch.cat([x, residual], dim=1)
+        x0_hat = denoise(x, views)
+        last.update(zip(slices, x0_hat, strict=True))
+        if dc:
+            x0_hat = dc(x0_hat, slices)
+        if callback:
+            callback(slices, views, x0_hat)
+        return x0_hat
+
+    return estimate
 
 
 def _next(degrade, x_t, x0_hat, n_t, n_s, naive):
@@ -34,43 +52,46 @@ def _next(degrade, x_t, x0_hat, n_t, n_s, naive):
     return degrade(x0_hat, n_s) if naive else degrade.shift(x_t, x0_hat, n_t, n_s)
 
 
-def one_step(denoise, degrade, x_T, levels, callback=None, dc=None):
+def one_step(denoise, degrade, x_T, levels, callback=None, dc=None, anchored=False):
     """R(x_T, T)."""
     B = len(x_T)
-    return _estimate(denoise, x_T, [levels[-1]] * B, list(range(B)), dc, callback), [1] * B
+    estimate = _estimator(denoise, degrade, x_T, levels[-1], callback, dc, anchored)
+    return estimate(x_T, [levels[-1]] * B, range(B)), [1] * B
 
 
-def sequential(denoise, degrade, x_T, levels, callback=None, dc=None):
+def sequential(denoise, degrade, x_T, levels, callback=None, dc=None, anchored=False):
     """Every level from the measurement's to the densest."""
-    return _every_level(denoise, degrade, x_T, levels, callback, dc, naive=dc is not None)
+    return _every_level(denoise, degrade, x_T, levels, callback, dc, anchored, naive=dc is not None)
 
 
-def naive(denoise, degrade, x_T, levels, callback=None, dc=None):
+def naive(denoise, degrade, x_T, levels, callback=None, dc=None, anchored=False):
     """Cold diffusion: every level, x_s = D(x0_hat, n_s). With `dc` the same as `sequential`."""
-    return _every_level(denoise, degrade, x_T, levels, callback, dc, naive=True)
+    return _every_level(denoise, degrade, x_T, levels, callback, dc, anchored, naive=True)
 
 
-def _every_level(denoise, degrade, x_T, levels, callback, dc, naive):
+def _every_level(denoise, degrade, x_T, levels, callback, dc, anchored, naive):
     x, B = x_T, len(x_T)
+    estimate = _estimator(denoise, degrade, x_T, levels[-1], callback, dc, anchored)
     for t in reversed(range(len(levels))):
         n_t = [levels[t]] * B
-        x0_hat = _estimate(denoise, x, n_t, list(range(B)), dc, callback)
+        x0_hat = estimate(x, n_t, range(B))
         if t > 0:
             x = _next(degrade, x, x0_hat, n_t, [levels[t - 1]] * B, naive)
     return x0_hat, [len(levels)] * B
 
 
-def reco(denoise, degrade, x_T, levels, callback=None, dc=None):
+def reco(denoise, degrade, x_T, levels, callback=None, dc=None, anchored=False):
     """ReCo-Diff (arXiv 2603.02691): two calls a level, the second beside what the first leaves unexplained of x_t,
-    tanh(x_t - D(x0_hat, n_t)). Every level, with one restart from the measurement after two; dc after second calls."""
-    x, every = x_T, list(range(len(x_T)))
+    tanh(x_t - D(x0_hat, n_t)). Every level, with one restart from the measurement after two; dc after second calls.
+    It has its own use for the second channel and none for `anchored`."""
+    x, every = x_T, range(len(x_T))
+    predict, estimate = (_estimator(denoise, degrade, x_T, levels[-1], callback, then) for then in (None, dc))
     top = len(levels) - 1
     chain = [top, *range(top - 1, -1, -1)[:1], *reversed(range(top))]
     for i, t in enumerate(chain):
         n_t = [levels[t]] * len(x)
-        first = _estimate(denoise, x, n_t, every, None, callback)
-        residual = torch.tanh(x - degrade(first, n_t))
-        x0_hat = _estimate(denoise, torch.cat([x, residual], dim=1), n_t, every, dc, callback)
+        residual = torch.tanh(x - degrade(predict(x, n_t, every), n_t))
+        x0_hat = estimate(torch.cat([x, residual], dim=1), n_t, every)
         if i + 1 < len(chain):
             if i == 1:
                 x, n_t = x_T, [levels[top]] * len(x)
@@ -78,26 +99,7 @@ def reco(denoise, degrade, x_T, levels, callback=None, dc=None):
     return x0_hat, [2 * len(chain)] * len(x)
 
 
-def anchored_residual(degrade, x0_hat, x_T, n_T):
-    """tanh(D(x0_hat, n_T) - x_T): where an estimate contradicts the measurement (RBG-Diff, 2026)."""
-    return torch.tanh(degrade(x0_hat, n_T) - x_T)
-
-
-def anchored(denoise, degrade, x_T, levels, callback=None, dc=None):
-    """Every level, each call but the first beside the `anchored_residual` of the network's last estimate, as it was
-    before dc, which leaves little of it."""
-    x, B, residual = x_T, len(x_T), None
-    for t in reversed(range(len(levels))):
-        n_t = [levels[t]] * B
-        raw = denoise(x if residual is None else torch.cat([x, residual], dim=1), n_t)
-        x0_hat = _consistent(raw, n_t, list(range(B)), dc, callback)
-        if t > 0:
-            x = _next(degrade, x, x0_hat, n_t, [levels[t - 1]] * B, naive=dc is not None)
-            residual = anchored_residual(degrade, raw, x_T, [levels[-1]] * B)
-    return x0_hat, [len(levels)] * B
-
-
-def spdps(denoise, degrade, x_T, levels, callback=None, dc=None, *,
+def spdps(denoise, degrade, x_T, levels, callback=None, dc=None, anchored=False, *,
           semantic_budget=None,   # n: passes of the semantic phase; None: 2 below 72 views, 1 from there on or with dc
           refine_steps=4,         # m: network calls of the detail phase
           tau=0.97,               # SSIM between successive estimates at which anatomy counts as settled
@@ -116,10 +118,11 @@ def spdps(denoise, degrade, x_T, levels, callback=None, dc=None, *,
     level, nfe, compare, refining = ([value] * len(x) for value in (top, 0, False, False))
     # With dc a restart gains nothing on validation slices, and at 24 views the shipped weights diverge after it.
     budget = [semantic_budget or (2 if levels[-1] < 72 and dc is None else 1)] * len(x)
+    estimate = _estimator(denoise, degrade, x_T, levels[-1], callback, dc, anchored)
     active = list(range(len(x)))
     while active:
         views = [levels[level[i]] for i in active]
-        x0_hat = _estimate(denoise, x[active], views, active, dc, callback)
+        x0_hat = estimate(x[active], views, active)
         compared = [j for j, i in enumerate(active) if compare[i]]
         settled = dict.fromkeys(range(len(active)), False)
         if compared:
@@ -149,6 +152,4 @@ def spdps(denoise, degrade, x_T, levels, callback=None, dc=None, *,
     return out, nfe
 
 
-RESIDUAL_CHANNEL = {"reco": "two-pass", "anchored": "anchored"}  # samplers that need one, and how it was trained
-SAMPLERS = {"one-step": one_step, "sequential": sequential, "naive": naive, "reco": reco, "anchored": anchored,
-            "spdps": spdps}
+SAMPLERS = {"one-step": one_step, "sequential": sequential, "naive": naive, "reco": reco, "spdps": spdps}

@@ -22,9 +22,15 @@ class UNetConfig:
     residual: bool = False        # predict x0 - x_t instead of x0
     shift: float = 0.0            # the network sees (mu - shift)/scale, 1/cm,
     scale: float = 1.0            # and its output is multiplied by scale
-    channels: int = 1             # 2: a residual beside x_t, which ReCo-Diff feeds; where it is not given it is zero
+    channels: int = 1             # 2: a residual beside x_t; where it is not given it is zero
+    residual_channel: str = "two-pass"  # ReCo-Diff's, of a first pass | anchored: RBG-Diff's, of the estimate before
     zero_init: bool = False       # last layer starts at zero: a residual network starts as the identity
     conditioning: str = "level"   # of t on the view count: level: the nearest published one | log-views: interpolated
+
+    @property
+    def anchored(self) -> bool:
+        """Whether it was trained with the `anchored_residual` of models/samplers.py."""
+        return self.channels == 2 and self.residual_channel == "anchored"
 
     @property
     def multiple(self) -> int:
@@ -158,8 +164,7 @@ class UNet(nn.Module):
             raise ValueError(f"the image is {x_t.shape[-2]} x {x_t.shape[-1]} pixels; this network takes sides "
                              f"divisible by {self.config.multiple}")
         if x_t.shape[1] > self.config.channels:
-            raise ValueError(f"the input has {x_t.shape[1]} channels; this network was built for "
-                             f"{self.config.channels}: reco needs one with channels=2")
+            raise ValueError(f"the input has {x_t.shape[1]} channels; this network takes {self.config.channels}")
         temb = self.temb(t)
         x_t, others = x_t[:, :1], x_t[:, 1:]
         others = F.pad(others, (0, 0, 0, 0, 0, self.config.channels - 1 - others.shape[1]))

@@ -14,7 +14,7 @@ import matplotlib.pyplot as plt  # noqa: E402 (the backend is chosen first)
 
 LABELS = {"fbp": "FBP", "fbp-fdk": "FBP (FDK weights)", "sirt": "SIRT", "tv": "TV", "one-step": "One step",
           "sequential": "Sequential", "naive": "Cold diffusion",
-          "reco": "ReCo", "anchored": "anchored", "spdps": "SPDPS"}
+          "reco": "ReCo", "spdps": "SPDPS"}
 
 
 def comparison(path: Path, x0: torch.Tensor, images: dict[str, torch.Tensor], title: str,

@@ -40,7 +40,7 @@ from datasets.write_volume import (
 )
 from models.checkpoint import check_methods, default_dc, denoiser, find_checkpoint, load_checkpoint
 from models.consistency import ITERATIONS, data_consistency
-from models.degradation import FULL_VIEWS, LEVELS, Degradation, consistent_levels, levels_for
+from models.degradation import FULL_VIEWS, Degradation, chain_levels
 from models.measured import MeasuredDegradation, measured_consistency
 from models.samplers import SAMPLERS
 from utils.device import check_device, default_device
@@ -118,15 +118,15 @@ def originals_of(args) -> list:
     return slices
 
 
-def sample(method, denoise, degrade, x_T, n_views, dc) -> torch.Tensor:
-    """The method's estimate from the FBP x_T (B, 1, H, W) of n_views views."""
+def sample(method, network, degrade, x_T, n_views, iterations, dc) -> torch.Tensor:
+    """The method's estimate from the FBP x_T (B, 1, H, W) of n_views views; dc: of so many iterations."""
     if method == "fbp":
         return x_T
-    return SAMPLERS[method](denoise, degrade, x_T, levels_for(n_views, consistent_levels(n_views) if dc else LEVELS),
-                            dc=dc)[0]
+    levels = chain_levels(n_views, network.config.conditioning, iterations)
+    return SAMPLERS[method](denoiser(network), degrade, x_T, levels, dc=dc, anchored=network.config.anchored)[0]
 
 
-def simulated(args, denoise, iterations) -> Job:
+def simulated(args, network, iterations) -> Job:
     """Views of images: x_T = D(x, n), as if the slice itself had been measured by CvG-Diff's scanner."""
     if args.views is None or not 1 <= args.views <= FULL_VIEWS:
         sys.exit(f"{args.input} holds images: say by --views how many to simulate, 1 to {FULL_VIEWS}. (For a measured "
@@ -141,7 +141,7 @@ def simulated(args, denoise, iterations) -> Job:
     def solve(hu):
         mu = hu_to_mu(hu.float())
         y = degrade.project(mu, [args.views] * len(mu)) if iterations else []
-        return sample(args.method, denoise, degrade, degrade(mu, args.views), args.views,
+        return sample(args.method, network, degrade, degrade(mu, args.views), args.views, iterations,
                       data_consistency(degrade, y, iterations))
 
     return Job(
@@ -158,7 +158,7 @@ def simulated(args, denoise, iterations) -> Job:
     )
 
 
-def measured(args, denoise, iterations) -> Job:
+def measured(args, network, iterations) -> Job:
     """A measured sinogram: x_T is its FBP in its own geometry, which is also that of every D and of the consistency."""
     try:
         lines, told = read_sinograms(args.input, args.dataset)
@@ -176,7 +176,7 @@ def measured(args, denoise, iterations) -> Job:
     degrade = MeasuredDegradation(scanner)
 
     def solve(y):
-        return sample(args.method, denoise, degrade, fbp(scanner, y, size), len(chosen),
+        return sample(args.method, network, degrade, fbp(scanner, y, size), len(chosen), iterations,
                       measured_consistency(scanner, y, iterations))
 
     return Job(
@@ -280,15 +280,15 @@ def write_output(args, job: Job, work: np.ndarray, done: np.ndarray, targets: li
 
 def main(argv=None) -> int:
     args = parse(argv)
-    denoise, iterations, weights, multiple = None, 0, None, 1
+    network, iterations, weights, multiple = None, 0, None, 1
     if args.method != "fbp":
         checkpoint = find_checkpoint(args.checkpoint)
         network, header = load_checkpoint(checkpoint, args.device)
-        check_methods([args.method], network, header, checkpoint)
-        denoise, iterations = denoiser(network), default_dc(header) if args.dc is None else args.dc
+        check_methods([args.method], network, checkpoint)
+        iterations = default_dc(header) if args.dc is None else args.dc
         weights, multiple = hashlib.sha256(checkpoint.read_bytes()).hexdigest()[:16], network.config.multiple
     is_measured = args.geometry is not None or is_projections(args.input)
-    job = (measured if is_measured else simulated)(args, denoise, iterations)
+    job = (measured if is_measured else simulated)(args, network, iterations)
     if job.size % multiple:
         sys.exit(f"The network takes sizes divisible by {multiple}, not {job.size}; choose another --size.")
     run = open_run(args.out, {
@@ -305,7 +305,7 @@ def main(argv=None) -> int:
     wanted = sorted({j for i in missing for j in around(i, args.median_z, count)})
     print(f"{count} slices of {job.size} x {job.size}, {len(missing)} of them to do, from {job.views} "
           f"{'measured' if is_measured else 'simulated'} views by {args.method} on {args.device}.")
-    if is_measured and denoise is not None:
+    if is_measured and network is not None:
         print("The network was trained on the views of one simulated scanner; how well it does on this one is unknown: "
               "compare with --method fbp.")
     about = (f"CvG-Diff {args.method}, {job.views} views; " + ("measured" if is_measured else "simulated from images")
