@@ -22,7 +22,7 @@ from datasets.loader import ahead, batches, load_batch, load_slices, start_angle
 from datasets.slices import find_slices, read_slices
 from models.checkpoint import load_checkpoint, save_checkpoint
 from models.cost import cost, describe
-from models.degradation import FULL_VIEWS, LEVELS, Degradation
+from models.degradation import FULL_VIEWS, LEVELS, Degradation, level_of
 from models.dropout import seed_dropout
 from models.epct import begin, hop, loss, network_input
 from models.presets import COMPUTATION, PRESETS, Preset
@@ -222,7 +222,8 @@ def main(argv=None):
                             losses = loss(x0_hat, chain.x0, preset.loss, preset.scale)
                         (losses.sum() * weight / (inputs if preset.combined else 1)).backward()
                     chain.x0_hat = x0_hat.detach()
-                    taken.append(([number] * len(losses), chain.part.slices, chain.views, losses.detach()))
+                    levels = [LEVELS[level_of(n)] for n in chain.views]
+                    taken.append(([number] * len(losses), chain.part.slices, levels, losses.detach()))
                 if not whole:
                     continue
                 lr = learning_rate(preset, step, steps, first // count)

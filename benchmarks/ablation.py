@@ -23,9 +23,9 @@ from models.presets import Preset
 from models.schedule import forward_calls, inputs_of, steps_of
 
 # Step counts of the recipe, scaled to runs of some hundred steps. Measurements and chains at the published levels, from
-# angle 0: the few that such runs see are those that the table asks about. And without what came of the table, the
-# residual channel.
-SHORT = ("--epct-start 25 --warmup 25 --ema-start 25 --ema 0.99 --between 0 --starts 1 --conditioning level "
+# angle 0: the few that such runs see are those that the table asks about. And without what came of the table: the
+# residual channel, and no flips and turns.
+SHORT = ("--epct-start 25 --warmup 25 --ema-start 25 --ema 0.99 --between 0 --conditioning level --augment "
          "--channels 1 --residual-channel two-pass")
 # name: (flags of train.py after --preset tiny, flags of test.py)
 ROWS = {

@@ -12,8 +12,8 @@ from torch_radon.solvers import cgne
 
 import test as evaluation
 from models.consistency import data_consistency, deviation
-from models.degradation import Degradation, equal_angles, projector
-from models.samplers import RESIDUAL_CHANNEL, SAMPLERS, naive, sequential
+from models.degradation import LEVELS, Degradation, equal_angles, projector
+from models.samplers import SAMPLERS, naive, sequential
 from utils.units import hu_to_mu, pixel_cm
 
 DEGRADE = Degradation()
@@ -157,12 +157,12 @@ def test_reconstruction_sees_the_measurement_only(truth):
     def denoise(x_t, views):
         return x_t * 0.9
 
-    first, _ = evaluation.reconstruct("spdps", y, 32, denoise, DEGRADE, 4)
+    first, _ = evaluation.reconstruct("spdps", y, 32, denoise, DEGRADE, 4, levels=LEVELS)
     null = torch.randn(1, 1, 32, 32, generator=torch.Generator().manual_seed(1)) * 0.01
     null = data_consistency(DEGRADE, [torch.zeros_like(y[0])], 200)(null, [0])
     other = truth[:1] + null
     assert null.norm() > 0.01 * truth[:1].norm()
-    second, _ = evaluation.reconstruct("spdps", DEGRADE.project(other, [18]), 32, denoise, DEGRADE, 4)
+    second, _ = evaluation.reconstruct("spdps", DEGRADE.project(other, [18]), 32, denoise, DEGRADE, 4, levels=LEVELS)
     torch.testing.assert_close(first, second, rtol=1e-3, atol=1e-4)
     assert (first - truth[:1]).norm() > 0.01 * truth[:1].norm()
 
@@ -190,7 +190,7 @@ def test_another_truth_with_the_same_measurement_changes_no_bit(data, tmp_path, 
         return kept.setdefault(tuple(names), measured(x0, n_views, names, degrade, args))
 
     monkeypatch.setattr(evaluation, "measured", first_measurement)
-    images, tables, methods = [], [], [m for m in evaluation.METHODS if m not in RESIDUAL_CHANNEL]
+    images, tables, methods = [], [], [m for m in evaluation.METHODS if m != "reco"]
     for i in range(2):
         out = tmp_path / str(i)
         call(evaluation.main, "--data", data, "--views", 54, "--batch", 2, "--dc", 4, "--photons", 1e5, "--out", out,

@@ -10,9 +10,11 @@ from models.degradation import (
     LEVELS,
     Degradation,
     _shift_views,
-    consistent_levels,
+    chain_levels,
+    equal_angles,
     level_of,
     levels_for,
+    multiples,
     projector,
 )
 
@@ -70,7 +72,19 @@ def test_levels():
     assert [level_of(n) for n in LEVELS] == list(range(8))
     assert levels_for(18) == LEVELS and levels_for(72) == (288, 234, 180, 126, 72) and levels_for(300) == (300,)
     assert levels_for(24)[-2:] == (36, 24) and level_of(24) == 7 and level_of(60) == 5
-    assert all(levels_for(n, consistent_levels(n)) == levels_for(n) for n in LEVELS)
-    assert [levels_for(n, consistent_levels(n))[-2] for n in (6, 20, 24, 48, 100, 144, 200)] == [
-        18, 54, 54, 126, 234, 288, 288]
-    assert consistent_levels(720) == (288,) and levels_for(720, consistent_levels(720)) == (720,)
+
+
+@pytest.mark.parametrize("n", [1, 9, 18, 20, 24, 36, 48, 72, 97, 144, 200, 287, 288, 360, 720])
+def test_multiples_contain_the_measured_views(n):
+    levels = multiples(n)
+    assert levels[-1] == n and list(levels) == sorted(set(levels), reverse=True) and len(levels) <= 8
+    assert 288 <= max(levels) < 288 + n or levels == (n,)
+    shared = [set(np.round(equal_angles(level, 0.3), 9)) >= set(np.round(equal_angles(n, 0.3), 9)) for level in levels]
+    assert all(shared)
+
+
+def test_multiples_of_18_views_are_the_published_levels():
+    assert multiples(18) == LEVELS
+    assert multiples(24) == (288, 240, 192, 144, 96, 72, 48, 24) and multiples(72) == (288, 216, 144, 72)
+    assert chain_levels(24, "log-views", 8) == multiples(24)
+    assert chain_levels(24, "log-views", 0) == chain_levels(24, "level", 8) == levels_for(24)

@@ -9,10 +9,10 @@ import torch
 import train
 from datasets.loader import Part
 from models.consistency import data_consistency
-from models.degradation import LEVELS, Degradation, condition, levels_for
-from models.epct import begin, denser_level, denser_views, hop, loss, measured_level, measured_views, network_input
+from models.degradation import LEVELS, Degradation, condition, multiples
+from models.epct import begin, denser_views, hop, loss, measured_level, measured_views, network_input
 from models.presets import PRESETS
-from models.samplers import anchored
+from models.samplers import sequential
 from models.schedule import forward_calls
 from models.unet import UNet
 from utils.state import newest_state
@@ -26,22 +26,26 @@ def test_measured_levels():
 
 
 def test_a_chain_without_jumps_goes_level_by_level_and_stays_at_the_densest():
-    chain, uniform = [3], np.random.default_rng(0).random((5, 2))
+    chain, uniform = [126], np.random.default_rng(0).random((5, 2))
     for u in uniform:
-        chain.append(denser_level(chain[-1], u, jumps=0.0))
-    assert chain == [3, 2, 1, 0, 0, 0]
+        chain.append(denser_views(chain[-1], LEVELS, u, jumps=0.0))
+    assert chain == [126, 180, 234, 288, 288, 288]
+
+
+def test_jumps_reach_every_denser_level_alike():
+    uniform = (np.arange(7000) + 0.5) / 7000
+    drawn = [denser_views(18, LEVELS, (0.4, u), jumps=0.5) for u in uniform]
+    assert {n: drawn.count(n) for n in LEVELS} == {n: 1000 * (n > 18) for n in LEVELS}
+    assert denser_views(18, LEVELS, (0.6, 0.0), jumps=0.5) == 36
 
 
 def test_measurements_between_the_levels():
-    """The angle between views is uniform; a chain goes on through the published levels, and stays at the densest."""
+    """The angle between views is uniform."""
     draws = [measured_views(u, 0.0, 0.5) for u in (np.arange(8000) + 0.5) / 8000]
     between, levels = np.array(draws[:4000]), draws[4000:]
     assert 18 == between.min() < 280 < between.max() <= 288 and {*range(18, 49)} < {*between.tolist()}
     assert abs((between < 34).mean() - 0.5) < 0.03, "1/33.9 is the mean of 1/18 and 1/288"
     assert {n: levels.count(n) for n in LEVELS} == dict.fromkeys(LEVELS, 500)
-    u = np.array([0.9, 0.0])
-    assert [denser_views(n, u, jumps=0.5) for n in (18, 24, 60, 72, 240, 288)] == [36, 54, 126, 126, 288, 288]
-    assert denser_views(24, np.array([0.1, 0.0]), jumps=0.5) == 288
 
 
 def test_rmse_weighs_slices_alike():
@@ -94,25 +98,26 @@ def test_a_combined_update_steps_once_a_batch(data, tmp_path, call):
 def test_an_anchored_residual_is_that_of_the_measurement_in_training_as_in_sampling():
     """Beside x_T nothing; then tanh(D(x0_hat, n_T) - x_T) of the network's last estimate, before data consistency."""
     x0 = torch.rand(2, 1, 32, 32, generator=torch.Generator().manual_seed(0)) * 0.3
-    preset = replace(PRESETS["tiny"], channels=2, residual_channel="anchored", jumps=0.0, focus=0.99, between=0.0,
-                     hops=3)
-    assert forward_calls(preset, 3) == forward_calls(PRESETS["tiny"], 3)
+    preset = replace(PRESETS["tiny"], jumps=0.0, focus=0.0, between=0.5, hops=3)
+    assert preset.network().anchored and forward_calls(preset, 3) == forward_calls(replace(preset, channels=1), 3)
     degrade, seen = Degradation(), []
 
     def estimate(x, n):
         seen.append((n[0], x.clone()))
         return 0.8 * x[:, :1]
 
-    part = Part(range(2), [0, 1], x0, [np.array([0.0] + [0.5] * 6)] * 2)
+    part = Part(range(2), [0, 1], x0, [np.array([0.134] + [0.5] * 6)] * 2)
     chain = begin(part, degrade, preset, 0, "cpu")
     for number in range(4):
         if number > 0:
             hop(chain, number, preset)
         chain.x0_hat = estimate(network_input(chain, None, preset)[0], chain.views)
-    trained, x_T = seen.copy(), degrade(x0, 18)
-    torch.testing.assert_close(trained[1][1][:, 1:], torch.tanh(degrade(0.8 * x_T, 18) - x_T))
+    trained, x_T = seen.copy(), degrade(x0, 24)
+    assert [n for n, _ in trained] == [24, 48, 72, 96]
+    torch.testing.assert_close(trained[1][1][:, 1:], torch.tanh(degrade(0.8 * x_T, 24) - x_T))
     seen.clear()
-    anchored(estimate, degrade, x_T, levels_for(18), dc=data_consistency(degrade, degrade.project(x0, [18] * 2), 8))
+    sequential(estimate, degrade, x_T, multiples(24), dc=data_consistency(degrade, degrade.project(x0, [24] * 2), 8),
+               anchored=True)
     for (n, x), (m, y) in zip(trained, seen[:4], strict=True):
         assert n == m and x.shape == y.shape
         torch.testing.assert_close(x, y)

@@ -10,7 +10,7 @@ from conftest import ROOT
 from datasets.slices import find_slices, read_slices
 from models.checkpoint import denoiser, find_checkpoint, load_checkpoint, placed
 from models.consistency import data_consistency
-from models.degradation import LEVELS, Degradation, levels_for
+from models.degradation import LEVELS, Degradation, levels_for, multiples
 from models.samplers import SAMPLERS, one_step, reco, sequential, spdps
 from utils.units import hu_to_mu
 
@@ -73,9 +73,10 @@ def slices():
     return Degradation()(x.clamp(0, 1) * torch.linspace(0.1, 0.5, 8).view(8, 1, 1, 1), 18)
 
 
+@pytest.mark.parametrize("anchored", [False, True])
 @pytest.mark.parametrize("name", SAMPLERS)
-def test_a_batch_gives_what_its_slices_give_alone(name, slices):
-    options = {"tau": 0.9} if name == "spdps" else {}
+def test_a_batch_gives_what_its_slices_give_alone(name, anchored, slices):
+    options = {"anchored": anchored} | ({"tau": 0.9} if name == "spdps" else {})
     degrade, levels = Degradation(), levels_for(18)
     together, nfe = SAMPLERS[name](smooth, degrade, slices, levels, **options)
     alone = [SAMPLERS[name](smooth, degrade, slices[i:i + 1], levels, **options) for i in range(8)]
@@ -94,7 +95,8 @@ def test_a_batch_of_the_shipped_network_gives_what_slices_alone_give(precision):
     y = degrade.project(degrade.full(hu_to_mu(torch.from_numpy(hu))[:, None]), [24] * 3)
 
     def go(sampler, y):
-        return sampler(denoise, degrade, degrade.fbp(y, 256), levels_for(24), dc=data_consistency(degrade, y, 8))[0]
+        return sampler(denoise, degrade, degrade.fbp(y, 256), multiples(24), dc=data_consistency(degrade, y, 8),
+                       anchored=network.config.anchored)[0]
 
     for sampler in (one_step, sequential, spdps):
         assert torch.equal(go(sampler, y), torch.cat([go(sampler, y[i:i + 1]) for i in range(3)]))
@@ -115,8 +117,9 @@ def test_a_perfect_network_sees_the_truths_degradations_in_every_chain(slices):
         return truth[:len(x)]
 
     for sampler in SAMPLERS.values():
-        out, _ = sampler(denoise, degrade, degrade(truth, 36), levels_for(36))
-        torch.testing.assert_close(out, truth)
+        for anchored in (False, True):
+            out, _ = sampler(denoise, degrade, degrade(truth, 36), levels_for(36), anchored=anchored)
+            torch.testing.assert_close(out, truth)
 
 
 @pytest.mark.parametrize(("views", "calls"), [(18, 18), (36, 16), (72, 12), (288, 2)])

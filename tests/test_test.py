@@ -15,7 +15,6 @@ from safetensors.torch import load_file, save_file
 import test as evaluation
 from models.checkpoint import load_checkpoint, save_checkpoint
 from models.degradation import Degradation
-from models.samplers import RESIDUAL_CHANNEL
 from models.unet import UNet, UNetConfig
 from utils.metrics import measure
 from utils.units import WINDOWS, hu_to_mu, mu_to_hu
@@ -105,8 +104,7 @@ def test_bad_input_gets_a_sentence_and_nothing_is_overwritten(data, checkpoint, 
     assert "another architecture" in go("--checkpoint", broken)
     assert "invalid choice" in go("--methods", "magic")
     assert "--levels 721: expected 1 to 720" in go("--levels", "721")
-    for method, kind in RESIDUAL_CHANNEL.items():
-        assert f"--channels 2 --residual-channel {kind}" in go("--methods", method)
+    assert "--channels 2 --residual-channel two-pass" in go("--methods", "reco")
     assert "expected WIDTH,CENTRE in HU" in go("--windows", "3000")
     assert "expected WIDTH,CENTRE in HU" in go("--windows=-5,0")
     assert "give --photons too" in go("--electronic", "5") and "give --photons too" in go("--dc-weighted")

@@ -74,5 +74,5 @@ def test_a_residual_channel_that_is_not_given_is_zero():
     x, e, t = torch.rand(2, 1, 32, 32), torch.rand(2, 1, 32, 32), torch.tensor([2, 5])
     alone, zero, other = (network(torch.cat([x, *more], dim=1), t) for more in ((), (0 * e,), (e,)))
     assert torch.equal(alone, zero) and (alone - other).abs().max() > 1e-4 and alone.shape == x.shape
-    with pytest.raises(ValueError, match="has 2 channels; this network was built for 1"):
+    with pytest.raises(ValueError, match="has 2 channels; this network takes 1"):
         with_known_weights(UNetConfig(width=32))(torch.cat([x, e], dim=1), t)

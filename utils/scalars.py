@@ -29,7 +29,7 @@ class Step(NamedTuple):
 
     hops: list[int]        # of each input: 0 for the restore input; 1, 2, ... for that hop's composed one
     slices: list[int]      # which slices these are
-    views: list[int]       # of each
+    levels: list[int]      # the published view count nearest to that of each
     losses: torch.Tensor   # of each, (inputs,)
     norm: torch.Tensor     # of the gradient before it was clipped
     skipped: torch.Tensor  # 1.0 where loss or gradient were not finite, else 0.0
@@ -61,7 +61,7 @@ class Scalars:
         """Write the means over the steps since the last call, of finite values of this process, and return them."""
         groups: dict[str, list] = {}
         for step in self.pending:
-            for hop, n, loss in zip(step.hops, step.views, step.losses.tolist(), strict=True):
+            for hop, n, loss in zip(step.hops, step.levels, step.losses.tolist(), strict=True):
                 groups.setdefault("loss/compose" if hop else "loss/restore", []).append(loss)
                 groups.setdefault(f"loss/{n}_views", []).append(loss)
         groups["gradient_norm"] = [step.norm.item() for step in self.pending]
