@@ -20,8 +20,8 @@ from datasets.slices import find_slices, fingerprint, patients_of, read_slices, 
 from models.baselines import BASELINES, TV_WEIGHT, sirt
 from models.checkpoint import check_methods, default_dc, denoiser, find_checkpoint, load_checkpoint, placed
 from models.consistency import ITERATIONS, data_consistency
-from models.degradation import FULL_VIEWS, Degradation, chain_levels, levels_for
-from models.samplers import SAMPLERS
+from models.degradation import FULL_VIEWS, Degradation, levels_for
+from models.samplers import SAMPLERS, chain_of
 from utils import distributed, figures
 from utils.device import check_device, default_device, forget_peak, peak_memory
 from utils.files import atomic
@@ -136,10 +136,10 @@ def reconstruct(method: str, y, size: int, denoise, degrade, iterations: int, co
     return SAMPLERS[method](denoise, degrade, degrade.fbp(y, size), dc=dc, **options)
 
 
-def warm_up(y, size, denoise, degrade, iterations, levels) -> None:
+def warm_up(y, size, denoise, degrade, iterations, chain) -> None:
     """Compile kernels, build tables and let libraries choose algorithms before anything is timed."""
-    reconstruct("sequential", y, size, lambda x, views: x, degrade, iterations, levels=levels)
-    reconstruct("one-step", y, size, denoise, degrade, 0, levels=levels)
+    reconstruct("sequential", y, size, lambda x, views: x[:, :1], degrade, iterations, **chain)
+    reconstruct("one-step", y, size, denoise, degrade, 0, **chain)
     sirt(degrade, y, size, iterations=1)
 
 
@@ -225,9 +225,13 @@ def main(argv=None):
     official = (args.protocol or header.get("protocol")) == "cvg-official"
     options = {"spdps": {"semantic_budget": args.semantic_budget, "refine_steps": args.refine_steps, "tau": args.tau},
                "tv": {"weight": args.tv_weight}}
+    chains = {n: chain_of(network.config, n, iterations) for n in args.views}
+    if args.levels:
+        chains = {n: chain | {"levels": levels_for(n, args.levels)} for n, chain in chains.items()}
     run = {"checkpoint": hashlib.sha256(checkpoint.read_bytes()).hexdigest()[:16], "data": fingerprint(files, hu),
            "protocol": "cvg-official" if official else "cvg", "dc": iterations,
-           **{k: getattr(args, k) for k in ("methods", "views", "levels", "windows", "start", "dc_pull", "dc_weighted",
+           "levels": {n: chain["levels"] for n, chain in chains.items()},
+           **{k: getattr(args, k) for k in ("methods", "views", "windows", "start", "dc_pull", "dc_weighted",
                                             "photons", "electronic", "seed", "batch", "precision", "device")},
            **{k: v for k, v in options.items() if k in args.methods}}
     rank, processes, device = distributed.start(args.device)
@@ -240,14 +244,11 @@ def main(argv=None):
     denoise = denoiser(placed(network, device, args.precision), clip=not official, precision=args.precision)
     consistency = {"photons": args.photons, "electronic": args.electronic, "pull": args.dc_pull,
                    "weighted": args.dc_weighted}
-    config = network.config
-    levels = {n: levels_for(n, args.levels) if args.levels else chain_levels(n, config.conditioning, iterations)
-              for n in args.views}
 
     def reconstruction(method, y, callback=None):
         given = options.get(method, {})
         if method in SAMPLERS:
-            given = given | {"levels": levels[y[0].shape[-2]], "callback": callback, "anchored": config.anchored}
+            given = given | chains[y[0].shape[-2]] | {"callback": callback}
         return reconstruct(method, y, hu.shape[-1], denoise, degrade, iterations, consistency, **given)
 
     def image(method, n, name):
@@ -271,7 +272,7 @@ def main(argv=None):
                     y = measured(x0, n, batch, degrade, args)
                     if (n, len(batch)) not in warm:
                         warm.add((n, len(batch)))
-                        warm_up(y, hu.shape[-1], denoise, degrade, iterations, levels[n])
+                        warm_up(y, hu.shape[-1], denoise, degrade, iterations, chains[n])
                     forget_peak(device)
                     synchronize(device)
                     start = time.perf_counter()

@@ -131,6 +131,8 @@ def restore(args, run: dict, rank: int, device: str) -> dict | None:
             print(f"{out} holds no whole state: the run begins again.")
         if found and found.get("versions", state.versions()) != state.versions():
             print("Other package versions than before: the results may differ in their last bits.")
+        if found and found["commit"] != state.commit():
+            print(f"The run was begun at commit {found['commit']} and goes on with the code of {state.commit()}.")
         state.describe_run(out, run)
     path = distributed.gather(path if rank == 0 else None)[0]
     return found if rank == 0 or path is None else torch.load(path, map_location=device, weights_only=True)
@@ -186,7 +188,7 @@ def main(argv=None):
     autocast = torch.autocast(torch.device(device).type, torch.bfloat16, enabled=bf16)
     model, average = network.train(), ema
     if preset.compile:
-        x, t = truths[:1].to(device), torch.zeros(1, device=device)
+        x, t = truths[:1].to(device).expand(-1, preset.channels, -1, -1), torch.zeros(1, device=device)
         model, average = compiled(network, x, t), compiled(ema, x, t)
     if processes > 1:
         model = DistributedDataParallel(model)

@@ -9,8 +9,10 @@ OUT=runs/tiny            # checkpoints and curves
 IMAGES=6000              # training images to see in all
 SEED=3407
 GPUS=1                   # more than one: a process for each, which share every batch
+FLAGS=--augment          # more of train.py: flips and turns, for so few slices
 
 . utils/environment.sh
 echo "Training $PRESET on $DATA: $IMAGES images into $OUT (stop with Ctrl-C; run again to resume)."
 [ "$GPUS" -gt 1 ] && launch="-m torch.distributed.run --standalone --nproc-per-node $GPUS" || launch=
-exec "$python" $launch train.py --preset "$PRESET" --data "$DATA" --out "$OUT" --images "$IMAGES" --seed "$SEED" "$@"
+exec "$python" $launch train.py --preset "$PRESET" --data "$DATA" --out "$OUT" --images "$IMAGES" --seed "$SEED" \
+    $FLAGS "$@"

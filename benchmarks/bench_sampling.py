@@ -21,8 +21,8 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from datasets.slices import find_slices, read_slices, spread  # noqa: E402
 from models.checkpoint import default_dc, denoiser, find_checkpoint, load_checkpoint, placed  # noqa: E402
 from models.consistency import data_consistency  # noqa: E402
-from models.degradation import FULL_VIEWS, Degradation, chain_levels, equal_angles, projector  # noqa: E402
-from models.samplers import spdps  # noqa: E402
+from models.degradation import FULL_VIEWS, Degradation, equal_angles, projector  # noqa: E402
+from models.samplers import chain_of, spdps  # noqa: E402
 from utils.device import check_device, default_device  # noqa: E402
 from utils.metrics import measure  # noqa: E402
 from utils.units import WINDOWS, hu_to_mu  # noqa: E402
@@ -51,8 +51,7 @@ def sample(denoise, config, degrade, measurement, y, size: int, n_views: int, ba
     def chain(first):
         part = y[first:first + batch]
         dc = data_consistency(measurement, part, iterations)
-        levels = chain_levels(n_views, config.conditioning, iterations)
-        return spdps(denoise, degrade, measurement.fbp(part, size), levels, dc=dc, anchored=config.anchored)
+        return spdps(denoise, degrade, measurement.fbp(part, size), dc=dc, **chain_of(config, n_views, iterations))
 
     chain(0)
     synchronise()

@@ -27,8 +27,8 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from datasets.slices import find_slices, fingerprint, patients_of, read_slices, spread  # noqa: E402
 from models.checkpoint import denoiser, find_checkpoint, load_checkpoint, placed  # noqa: E402
 from models.consistency import ITERATIONS  # noqa: E402
-from models.degradation import Degradation, chain_levels, equal_angles, projector  # noqa: E402
-from models.samplers import SAMPLERS  # noqa: E402
+from models.degradation import Degradation, equal_angles, projector  # noqa: E402
+from models.samplers import SAMPLERS, chain_of  # noqa: E402
 from test import measured, reconstruct, rows_of  # noqa: E402
 from utils.device import check_device, default_device  # noqa: E402
 from utils.files import atomic  # noqa: E402
@@ -126,6 +126,7 @@ def main(argv=None):
     methods = ["fbp", *(m + suffix for m in args.methods for suffix in ("", DC))]
     run = {"checkpoint": hashlib.sha256(checkpoint.read_bytes()).hexdigest()[:16], "data": fingerprint(files, hu),
            "methods": methods, "windows": WINDOWS[:1], "slices": len(names),
+           "levels": [chain_of(network.config, n, dc)["levels"] for n in args.views for dc in (0, args.dc)],
            **{k: getattr(args, k) for k in ("views", "dc", "seed", "batch", "precision", "device")}}
     scanners = measurements(args.photons, args.seed)
     done = {name: open_results(args.out / name, run) for name in scanners}
@@ -141,9 +142,7 @@ def main(argv=None):
                         part = slice(first, first + args.batch)
                         y = measure(seen[part], n, batch) if y is None else y
                         iterations = args.dc if method.endswith(DC) else 0
-                        chain = {} if method == "fbp" else {
-                            "levels": chain_levels(n, network.config.conditioning, iterations),
-                            "anchored": network.config.anchored}
+                        chain = {} if method == "fbp" else chain_of(network.config, n, iterations)
                         x0_hat, nfe = reconstruct(method.removesuffix(DC), y, x0.shape[-1], denoise, degrade,
                                                   iterations, {"photons": photons}, **chain)
                         rows = rows_of(x0_hat, x0[part], WINDOWS[:1], [

@@ -69,8 +69,14 @@ class Scanner:
         return replace(self, angles=tuple(self.angles[i] for i in chosen)), chosen
 
     def resampled(self, n_views: int) -> "Scanner":
-        """The same scanner with `n_views` equally spaced views from its first angle on."""
-        return replace(self, angles=tuple(self.angles[0] + self.arc * np.arange(n_views) / n_views))
+        """The same scanner with `n_views` equally spaced views from its first angle on; where they are a multiple of
+        its own, these and even steps between neighbours."""
+        factor, rest = divmod(n_views, len(self.angles))
+        if rest or not factor:
+            return replace(self, angles=tuple(self.angles[0] + self.arc * np.arange(n_views) / n_views))
+        own = np.sort(np.mod(self.angles, self.arc))
+        steps = np.diff(own, append=own[0] + self.arc)[:, None] * np.arange(factor) / factor
+        return replace(self, angles=tuple((own[:, None] + steps).ravel()))
 
 
 def read_geometry(path: str | Path) -> dict:

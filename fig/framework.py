@@ -13,8 +13,8 @@ from matplotlib.patches import FancyArrowPatch
 from datasets.slices import find_slices, read_slice
 from models.checkpoint import denoiser, find_checkpoint, load_checkpoint
 from models.consistency import ITERATIONS, data_consistency
-from models.degradation import Degradation, chain_levels
-from models.samplers import sequential
+from models.degradation import Degradation
+from models.samplers import chain_of, sequential
 from utils.figures import plt, write
 from utils.metrics import measure
 from utils.units import WINDOWS, hu_to_mu, mu_to_hu
@@ -31,14 +31,14 @@ def pictures(index: int, n_views: int) -> tuple[np.ndarray, list[tuple[str, np.n
     degrade, (network, _) = Degradation(), load_checkpoint(find_checkpoint("tiny"))
     x0 = degrade.full(hu_to_mu(torch.from_numpy(read_slice(files[index])))[None, None])
     denoise, y = denoiser(network), degrade.project(x0, [n_views])
-    config, dc = network.config, data_consistency(degrade, y, ITERATIONS)
-    levels, x_T = chain_levels(n_views, config.conditioning, ITERATIONS), degrade.fbp(y, x0.shape[-1])
+    x_T, dc = degrade.fbp(y, x0.shape[-1]), data_consistency(degrade, y, ITERATIONS)
+    chain = chain_of(network.config, n_views, ITERATIONS)
     estimate = denoise(x_T, [n_views])
     consistent = dc(estimate, [0])
     stages = {rf"$x_T$, {n_views} views": x_T, r"estimate $\hat{x}_0$": estimate,
               r"$\hat{x}_0$ that explains $y$": consistent,
-              rf"$x_s$, {levels[-2]} views": degrade(consistent, levels[-2]),
-              r"the last $\hat{x}_0$": sequential(denoise, degrade, x_T, levels, dc=dc, anchored=config.anchored)[0]}
+              rf"$x_s$, {chain['levels'][-2]} views": degrade(consistent, chain["levels"][-2]),
+              r"the last $\hat{x}_0$": sequential(denoise, degrade, x_T, dc=dc, **chain)[0]}
     return y[0][0].numpy(), [(label, mu_to_hu(x[0, 0]).numpy(), measure(x, x0, *WINDOWS[0])["psnr"].item())
                      for label, x in stages.items()]
 

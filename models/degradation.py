@@ -21,6 +21,7 @@ def level_of(n_views: int) -> int:
 def condition(n_views: int, kind: str) -> float:
     """What tells the network how many views a slice has: t of the nearest published level or, with "log-views", t
     interpolated between the two nearest in log views, so that weights trained on levels can go on with every count.
+    From 288 views on, where a chain makes its last call, it is 0.
     """
     if kind == "level":
         return float(level_of(n_views))
@@ -40,7 +41,7 @@ def chain_levels(n_views: int, conditioning: str, dc: int) -> tuple[int, ...]:
 
 def multiples(n_views: int) -> tuple[int, ...]:
     """Levels that all contain the measured views, densest first: 1, 2, 3, 4 times as many and four even steps from
-    there to the first multiple of at least 288. From 18 views on these are the published levels.
+    there to the first multiple of at least 288. For 18 views these are the published levels.
 
     An estimate that is consistent with the measurement is exact in the views it shares with a level. The published
     levels share few with most measurements, and chains through them lose up to 2 dB (README, "Any view count").
@@ -50,7 +51,7 @@ def multiples(n_views: int) -> tuple[int, ...]:
     return tuple(n_views * k for k in sorted(factors, reverse=True))
 
 
-@lru_cache(maxsize=64)
+@lru_cache(maxsize=512)  # more than any view count makes of levels
 def projector(size: int, angles: tuple[float, ...]) -> RadonFanbeam:
     """CvG-Diff's scanner at `size` pixels with the field of view of 256: S = D = 1075 f, 672 f bins, f = size/256."""
     f = size / 256
@@ -58,7 +59,7 @@ def projector(size: int, angles: tuple[float, ...]) -> RadonFanbeam:
     return RadonFanbeam(size, angles, 1075 * f, 1075 * f, bins, 2.0)
 
 
-@lru_cache(maxsize=64)
+@lru_cache(maxsize=512)
 def equal_angles(n_views: int, start: float = 0.0) -> tuple[float, ...]:
     """start + 2 pi a/n, a = 0..n-1, radians."""
     return tuple(start + 2 * np.pi * np.arange(n_views) / n_views)

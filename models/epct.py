@@ -139,7 +139,8 @@ def network_input(chain: Chain, network, preset: Preset) -> tuple[torch.Tensor, 
     if preset.channels == 1:
         return chain.x_t, t
     if preset.residual_channel == "anchored":
-        return chain.x_t if chain.residual is None else torch.cat([chain.x_t, chain.residual], dim=1), t
+        residual = torch.zeros_like(chain.x_t) if chain.residual is None else chain.residual
+        return torch.cat([chain.x_t, residual], dim=1), t
     with torch.no_grad():
         x0_hat = network(chain.x_t, t)
         x0_hat = torch.where(x0_hat.isfinite(), x0_hat, chain.x_t)

@@ -14,6 +14,7 @@ slices alone give.
 
 import torch
 
+from models.degradation import chain_levels
 from utils.metrics import headline_ssim
 
 
@@ -26,16 +27,14 @@ def _estimator(denoise, degrade, x_T, n_T, callback, dc, anchored=False):
     """estimate(x, views, slices): R(x, t), consistent with the measurements where there is `dc`, shown to `callback`.
 
     anchored: beside the residual of the network's last estimate of each slice, as it was before dc, which leaves little
-    of it; nothing in the first call.
+    of it; nothing in the first call, which has all slices.
     """
     last = {}
 
     def estimate(x, views, slices):
-        if known := [j for j, i in enumerate(slices) if anchored and i in last]:
-            residual = torch.zeros_like(x)
-            residual[known] = anchored_residual(degrade, torch.stack([last[slices[j]] for j in known]),
-                                                x_T[[slices[j] for j in known]], [n_T] * len(known))
-            x = torch.cat([x, residual], dim=1)
+        if anchored and last:
+            before = torch.stack([last[i] for i in slices])
+            x = torch.cat([x, anchored_residual(degrade, before, x_T[list(slices)], [n_T] * len(x))], dim=1)
         x0_hat = denoise(x, views)
         last.update(zip(slices, x0_hat, strict=True))
         if dc:
@@ -109,14 +108,13 @@ def spdps(denoise, degrade, x_T, levels, callback=None, dc=None, anchored=False,
     Semantic phase: one level denser a call; where an estimate resembles the one before (SSIM >= tau) a unit of budget
     is used and the chain restarts from the measurement with it, or, with the budget spent, jumps to level m - 1.
     Detail phase: levels m - 1, ..., 0. A chain that reaches level 0 unsettled ends there. With dc the jump only goes to
-    levels that are denser than the last: a level that is visited again expects more errors than are left, and costs
-    0.5 dB at 72 views (validation slices).
+    levels that are denser than the last: a level that is visited again expects more errors than are left.
     """
     top = len(levels) - 1
     last_jump = min(refine_steps, top + 1) - 1
     x, out, previous = x_T.clone(), torch.empty_like(x_T), torch.empty_like(x_T)
     level, nfe, compare, refining = ([value] * len(x) for value in (top, 0, False, False))
-    # With dc a restart gains nothing on validation slices, and at 24 views the shipped weights diverge after it.
+    # With dc a restart gains nothing (README, "Data consistency").
     budget = [semantic_budget or (2 if levels[-1] < 72 and dc is None else 1)] * len(x)
     estimate = _estimator(denoise, degrade, x_T, levels[-1], callback, dc, anchored)
     active = list(range(len(x)))
@@ -150,6 +148,11 @@ def spdps(denoise, degrade, x_T, levels, callback=None, dc=None, anchored=False,
             _, estimates, n_t, n_s = zip(*((i, j, levels[t], levels[s]) for i, j, t, s in moves), strict=True)
             x[active] = _next(degrade, x[active], x0_hat[list(estimates)], n_t, n_s, naive=dc is not None)
     return out, nfe
+
+
+def chain_of(network, n_views, dc):
+    """Options of the samplers for a network (a UNetConfig), a measurement and iterations of data consistency."""
+    return {"levels": chain_levels(n_views, network.conditioning, dc), "anchored": network.anchored}
 
 
 SAMPLERS = {"one-step": one_step, "sequential": sequential, "naive": naive, "reco": reco, "spdps": spdps}

@@ -5,9 +5,9 @@ import torch
 
 from models.checkpoint import denoiser
 from models.consistency import data_consistency
-from models.degradation import Degradation, chain_levels
+from models.degradation import Degradation
 from models.presets import Preset
-from models.samplers import SAMPLERS
+from models.samplers import SAMPLERS, chain_of
 from utils.distributed import gather
 from utils.metrics import measure
 from utils.units import WINDOWS, window
@@ -29,9 +29,8 @@ def validate(network, truths: torch.Tensor, preset: Preset, device: str):
             y = degrade.project(x0, [n] * len(x0))
             x_T, dc = degrade.fbp(y, x0.shape[-1]), data_consistency(degrade, y, preset.dc)
             for name, consistent in {"one-step": None, preset.val_sampler: dc}.items():
-                x0_hat, _ = SAMPLERS[name](denoiser(network), degrade, x_T,
-                                           chain_levels(n, preset.conditioning, preset.dc), dc=consistent,
-                                           anchored=preset.network().anchored)
+                x0_hat, _ = SAMPLERS[name](denoiser(network), degrade, x_T, dc=consistent,
+                                           **chain_of(preset.network(), n, preset.dc))
                 for metric, value in measure(x0_hat, x0, *WINDOWS[0]).items():
                     scores.setdefault(f"val{n}/{name}/{metric}", []).extend(value.tolist())
             if n == 18:

@@ -10,7 +10,7 @@ from conftest import write_slices
 import train
 from datasets.loader import batches, load_slices, sample_at
 from models.degradation import LEVELS, Degradation
-from models.epct import compose, denser_level, measured_level
+from models.epct import compose, denser_views, measured_level
 from models.presets import PRESETS
 from models.schedule import learning_rate, steps_of, update_ema, validation_due
 from models.unet import UNet, UNetConfig
@@ -35,10 +35,10 @@ def test_paper_schedule():
 def test_composed_levels_are_the_published_draw():
     """t' ~ U{0..t-1}; t - 1 where no jumps are made; level 0 stays."""
     uniform = np.random.default_rng(0).random((8000, 2))
-    draws = np.bincount([denser_level(5, u, jumps=1.0) for u in uniform])
+    draws = np.bincount([LEVELS.index(denser_views(LEVELS[5], LEVELS, u, jumps=1.0)) for u in uniform])
     assert len(draws) == 5 and np.abs(draws - 1600).max() < 150
-    assert {denser_level(5, u, jumps=0.0) for u in uniform[:50]} == {4}
-    assert {denser_level(0, u, 0.5) for u in uniform[:50]} == {0}
+    assert {denser_views(54, LEVELS, u, jumps=0.0) for u in uniform[:50]} == {72}
+    assert {denser_views(288, LEVELS, u, 0.5) for u in uniform[:50]} == {288}
 
 
 @pytest.mark.parametrize(("step", "expected"), [(10, 1.0), (11, 0.0), (1990, 1.0), (2000, 0.005), (2005, 0.0)])
@@ -169,4 +169,5 @@ def test_the_recorded_seed_draws_these_levels():
     levels = [measured_level(u[0], 0.0) for u in draws]
     assert levels[:12] == [3, 3, 5, 6, 1, 7, 4, 5, 4, 2, 0, 4]
     assert np.abs(np.bincount(levels, minlength=8) - 500).max() < 90
-    assert {denser_level(t, u[1:], 1.0) - t < 0 or t == 0 for t, u in zip(levels, draws, strict=True)} == {True}
+    assert all(denser_views(LEVELS[t], LEVELS, u[1:], 1.0) > LEVELS[t] or t == 0
+               for t, u in zip(levels, draws, strict=True))

@@ -86,6 +86,13 @@ def test_a_batch_gives_what_its_slices_give_alone(name, anchored, slices):
     assert torch.equal(together, torch.cat([x for x, _ in alone]))
 
 
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_chains_look_at_the_anchored_residual(name, slices):
+    """Where there is more than one call, and but for reco, which has its own."""
+    x = [SAMPLERS[name](smooth, Degradation(), slices[:2], levels_for(72), anchored=a)[0] for a in (False, True)]
+    assert torch.equal(*x) == (name in ("one-step", "reco"))
+
+
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_a_batch_of_the_shipped_network_gives_what_slices_alone_give(precision):
     """To the bit: data consistency magnifies what rounding leaves of a difference a thousandfold along the chain."""

@@ -99,6 +99,12 @@ def test_water_and_thinned_views():
     np.testing.assert_allclose(view_weights(few), 1, atol=0.1)
     with pytest.raises(ValueError, match="holds 720 views"):
         scanner.thinned(721)
+    for views, factor in ((50, 2), (100, 3), (720, 2)):
+        few, _ = scanner.thinned(views)
+        finer = few.resampled(views * factor)
+        assert len(finer.angles) == views * factor and set(few.angles) <= set(np.round(finer.angles, 9))
+        np.testing.assert_allclose(view_weights(finer), 1, atol=0.15)
+    assert scanner.resampled(4).angles == (0.0, 90.0, 180.0, 270.0)
 
 
 @pytest.mark.parametrize("change, text", [

@@ -4,6 +4,7 @@ import csv
 import json
 import math
 import shutil
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -215,15 +216,39 @@ def test_chains_pass_through_the_levels_given(data, checkpoint, tmp_path, call):
     assert {row["views"]: row["nfe"] for row in summary} == {18: 3, 54: 2}
 
 
-def test_with_data_consistency_a_count_between_the_levels_skips_those_near_it(data, checkpoint, tmp_path, call):
-    """24 views: 54 ... 288 follow, without data consistency 36 too. What is named twice is done once."""
-    calls = {}
-    for dc in (0, 2):
-        call(evaluation.main, "--data", data, "--checkpoint", checkpoint, "--views", 24, 36, 24, "--methods",
-             "sequential", "sequential", "--limit", 1, "--dc", dc, "--out", tmp_path / str(dc))
-        summary = json.loads((tmp_path / str(dc) / "summary.json").read_text())
-        calls[dc] = {row["views"]: row["nfe"] for row in summary}
-    assert calls == {0: {24: 8, 36: 7}, 2: {24: 7, 36: 7}}
+def test_chains_with_data_consistency_pass_through_multiples(data, checkpoint, tmp_path, call):
+    """24 views: 48, 72, 96 ... 288 follow, and 72: 144, 216, 288; without, or knowing levels only, the published ones.
+
+    What is named twice is done once, and results of other levels are not gone on with.
+    """
+    def go(network, dc, *more, **options):
+        out = tmp_path / f"{network.stem}-{dc}"
+        text = call(evaluation.main, "--data", data, "--checkpoint", network, "--views", 24, 72, 24, "--methods",
+                    "sequential", "sequential", "--limit", 1, "--dc", dc, "--out", out, *more, **options)
+        summary = json.loads((out / "summary.json").read_text())
+        return text if options else {row["views"]: row["nfe"] for row in summary}
+
+    network, _ = load_checkpoint(checkpoint)
+    knowing = tmp_path / "knowing.safetensors"
+    save_checkpoint(knowing, network.state_dict(), replace(network.config, conditioning="log-views"), {})
+    assert go(knowing, 2) == {24: 8, 72: 4} and go(knowing, 0) == go(checkpoint, 2) == {24: 8, 72: 5}
+    assert "another levels" in go(knowing, 2, "--levels", 288, expect=1)
+
+
+def test_an_anchored_network_sees_the_residual_in_its_chain(data, checkpoint, tmp_path, call, monkeypatch):
+    """One step knows none; a second call sees where the first contradicts the measurement."""
+    torch.manual_seed(0)
+    network = UNet(UNetConfig(width=32, stem=2, channels=2, residual_channel="anchored", conditioning="log-views"))
+    save_checkpoint(checkpoint, network.state_dict(), network.config, {})
+    seen, forward = [], UNet.forward
+    monkeypatch.setattr(UNet, "forward", lambda self, x, t: seen.append(x) or forward(self, x, t))
+    for method in ("one-step", "sequential", "spdps"):
+        seen.clear()
+        call(evaluation.main, "--data", data, "--checkpoint", checkpoint, "--views", 72, "--methods", method, "--limit",
+             1, "--dc", 2, "--out", tmp_path / method)
+        channels = {x.shape[1] for x in seen}
+        assert channels == ({1} if method == "one-step" else {1, 2})
+        assert all(x[:, 1].abs().max() > 1e-3 for x in seen if x.shape[1] == 2)
 
 
 def test_processes_share_the_slices_and_give_the_same_tables(data, checkpoint, tmp_path):

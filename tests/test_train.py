@@ -76,20 +76,24 @@ def test_a_truncated_state_is_passed_over(data, tmp_path, call):
 
 
 def test_fine_tuning_starts_from_a_checkpoint(data, tmp_path, call):
-    call(train.main, *FAST, "--data", data, "--out", tmp_path / "first", "--images", "8")
+    plain = [*FAST, "--conditioning", "level", "--channels", "1", "--residual-channel", "two-pass"]
+    call(train.main, *plain, "--data", data, "--out", tmp_path / "first", "--images", "8")
     first = tmp_path / "first" / "checkpoint.safetensors"
     tuned = ["--data", data, "--out", tmp_path / "tuned", "--images", "8", "--lr", "0", "--init", first]
-    call(train.main, *FAST, *tuned)
+    call(train.main, *plain, *tuned)
     expected = load_file(first)
     found = load_file(tmp_path / "tuned" / "checkpoint.safetensors")
     assert all(torch.equal(value, expected[k]) for k, value in found.items())
-    other = [*tuned[:3], tmp_path / "other", *tuned[4:], "--conditioning", "log-views"]
-    call(train.main, *FAST, *other)
+    call(train.main, *FAST, *tuned[:3], tmp_path / "other", *tuned[4:])
     network, _ = load_checkpoint(tmp_path / "other" / "checkpoint.safetensors")
-    assert network.config.conditioning == "log-views", "the same weights: t is that of the levels at their view counts"
-    assert all(torch.equal(value, expected[k]) for k, value in network.state_dict().items())
-    assert "another architecture" in call(train.main, *FAST, *tuned, "--width", "64", expect=1)
-    assert "another init" in call(train.main, *FAST, *tuned[:-2], expect=1)
+    assert network.config.conditioning == "log-views" and network.config.anchored
+    found, added = network.state_dict(), network.conv_in.weight[:, 4:]
+    assert all(torch.equal(value, found[k]) for k, value in expected.items() if k != "conv_in.weight")
+    assert torch.equal(network.conv_in.weight[:, :4], expected["conv_in.weight"]) and not added.any()
+    back = [*tuned[:3], tmp_path / "back", *tuned[4:-1], tmp_path / "other" / "checkpoint.safetensors"]
+    assert "another architecture" in call(train.main, *plain, *back, expect=1)
+    assert "another architecture" in call(train.main, *plain, *tuned, "--width", "64", expect=1)
+    assert "another init" in call(train.main, *plain, *tuned[:-2], expect=1)
 
 
 def test_one_folder_is_split_by_patient(tmp_path, call):

@@ -1,5 +1,6 @@
 """What goes wrong in a long training, and that nothing done is lost by it."""
 
+import importlib.metadata
 import json
 import os
 import random
@@ -22,7 +23,7 @@ from utils import plot_run
 from utils.device import compiled, memory_advice
 from utils.nonfinite import NonFinite
 from utils.scalars import Step
-from utils.state import newest_state
+from utils.state import newest_state, versions
 
 FAST = ["--preset", "tiny", "--device", "cpu", "--images", "16", "--epct-start", "2", "--ema-start", "4", "--hops", "1",
         "--precision", "fp32", "--val-every", "16", "--save-every", "4", "--val-slices", "1", "--dc", "1", "--stem",
@@ -188,3 +189,16 @@ def test_plot_run_draws_the_curves(go, tmp_path, call):
     assert "curves.png" in call(plot_run.main, tmp_path / "out")
     assert (tmp_path / "out" / "curves.png").read_bytes().startswith(b"\x89PNG")
     assert "no metrics.jsonl" in call(plot_run.main, tmp_path, expect=1)
+
+
+def test_versions_are_those_of_what_is_installed(monkeypatch):
+    """numba is optional: without it there is nothing to record."""
+    found, version = versions(), importlib.metadata.version
+
+    def without_numba(name):
+        if name == "numba":
+            raise importlib.metadata.PackageNotFoundError(name)
+        return version(name)
+
+    monkeypatch.setattr(importlib.metadata, "version", without_numba)
+    assert versions() == {name: value for name, value in found.items() if name != "numba"} and "torch" in versions()

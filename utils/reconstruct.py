@@ -40,9 +40,9 @@ from datasets.write_volume import (
 )
 from models.checkpoint import check_methods, default_dc, denoiser, find_checkpoint, load_checkpoint
 from models.consistency import ITERATIONS, data_consistency
-from models.degradation import FULL_VIEWS, Degradation, chain_levels
+from models.degradation import FULL_VIEWS, Degradation
 from models.measured import MeasuredDegradation, measured_consistency
-from models.samplers import SAMPLERS
+from models.samplers import SAMPLERS, chain_of
 from utils.device import check_device, default_device
 from utils.files import atomic
 from utils.units import HU_RANGE, hu_to_mu, mu_to_hu
@@ -122,8 +122,7 @@ def sample(method, network, degrade, x_T, n_views, iterations, dc) -> torch.Tens
     """The method's estimate from the FBP x_T (B, 1, H, W) of n_views views; dc: of so many iterations."""
     if method == "fbp":
         return x_T
-    levels = chain_levels(n_views, network.config.conditioning, iterations)
-    return SAMPLERS[method](denoiser(network), degrade, x_T, levels, dc=dc, anchored=network.config.anchored)[0]
+    return SAMPLERS[method](denoiser(network), degrade, x_T, dc=dc, **chain_of(network.config, n_views, iterations))[0]
 
 
 def simulated(args, network, iterations) -> Job:
@@ -294,6 +293,7 @@ def main(argv=None) -> int:
     run = open_run(args.out, {
         "source": job.source, "original": job.original and fingerprint([(job.original, "")]), "method": args.method,
         "views": job.views, "size": job.size, "weights": weights, "dc": iterations,
+        "levels": list(chain_of(network.config, job.views, iterations)["levels"]) if network else None,
         "format": args.format, "median_z": args.median_z, "deidentify": args.deidentify})
 
     count, hidden = len(job.names), args.out / ".slices.npy"

@@ -8,7 +8,7 @@ import platform
 import re
 import subprocess
 import sys
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
@@ -23,9 +23,12 @@ def commit() -> str:
 
 
 def versions() -> dict[str, str]:
-    """Of Python and of the packages that the numbers depend on."""
-    return {"python": platform.python_version(),
-            **{name: importlib.metadata.version(name) for name in ("torch", "numpy", "numba", "torch-radon")}}
+    """Of Python and of the packages that the numbers depend on, as far as they are installed."""
+    found = {"python": platform.python_version()}
+    for name in ("torch", "numpy", "numba", "torch-radon"):
+        with suppress(importlib.metadata.PackageNotFoundError):
+            found[name] = importlib.metadata.version(name)
+    return found
 
 
 @contextmanager

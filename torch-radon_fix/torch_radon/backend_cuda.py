@@ -219,7 +219,7 @@ def _pixel_table(geometry: Geometry, theta: np.ndarray, first: int) -> tuple[np.
     return np.rint(table * 2.0**PIXEL_BITS.value).astype(np.int64), gain
 
 
-@lru_cache(maxsize=128)
+@lru_cache(maxsize=512)  # training on any view count comes to some 350 scans
 def _build(geometry: Geometry, device: torch.device) -> _Tables:
     if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
         raise RuntimeError("this scan's tables are not on the GPU; apply the operator once before capturing a graph")
