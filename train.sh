@@ -9,7 +9,7 @@ OUT=runs/tiny            # checkpoints and curves
 IMAGES=6000              # training images to see in all
 SEED=3407
 GPUS=1                   # more than one: a process for each, which share every batch
-FLAGS=--augment          # more of train.py: flips and turns, for so few slices
+FLAGS=                   # more of train.py, such as --augment: flips and turns, where slices are few
 
 . utils/environment.sh
 echo "Training $PRESET on $DATA: $IMAGES images into $OUT (stop with Ctrl-C; run again to resume)."
