@@ -230,9 +230,9 @@ def main(argv=None):
         chains = {n: chain | {"levels": levels_for(n, args.levels)} for n, chain in chains.items()}
     run = {"checkpoint": hashlib.sha256(checkpoint.read_bytes()).hexdigest()[:16], "data": fingerprint(files, hu),
            "protocol": "cvg-official" if official else "cvg", "dc": iterations,
-           "levels": {n: chain["levels"] for n, chain in chains.items()},
            **{k: getattr(args, k) for k in ("methods", "views", "windows", "start", "dc_pull", "dc_weighted",
                                             "photons", "electronic", "seed", "batch", "precision", "device")},
+           "levels": {n: chain["levels"] for n, chain in chains.items()},
            **{k: v for k, v in options.items() if k in args.methods}}
     rank, processes, device = distributed.start(args.device)
     done = distributed.gather(open_results(args.out, run) if rank == 0 else None)[0]
