@@ -40,15 +40,15 @@ def chain_levels(n_views: int, conditioning: str, dc: int) -> tuple[int, ...]:
 
 
 def multiples(n_views: int) -> tuple[int, ...]:
-    """Levels that all contain the measured views, densest first: 1, 2, 3, 4 times as many and four even steps from
-    there to the first multiple of at least 288. For 18 views these are the published levels.
+    """Levels that all contain the measured views, densest first: 1, 2, 3, 4 times as many, and four even steps from
+    there to the first multiple of at least 288; none above 720. For 18 views these are the published levels.
 
     An estimate that is consistent with the measurement is exact in the views it shares with a level. The published
     levels share few with most measurements, and chains through them lose up to 2 dB (README, "Any view count").
     """
-    top = max(1, math.ceil(LEVELS[0] / n_views))
-    factors = {*range(1, min(top, 4) + 1), *(round(4 + (top - 4) * i / 4) for i in range(1, 5) if top > 4)}
-    return tuple(n_views * k for k in sorted(factors, reverse=True))
+    top = max(4, math.ceil(LEVELS[0] / n_views))
+    factors = {1, 2, 3, *(round(4 + (top - 4) * i / 4) for i in range(5))}
+    return tuple(n_views * k for k in sorted(factors, reverse=True) if k == 1 or n_views * k <= FULL_VIEWS)
 
 
 @lru_cache(maxsize=512)  # more than any view count makes of levels

@@ -78,7 +78,7 @@ def test_levels():
 def test_multiples_contain_the_measured_views(n):
     levels = multiples(n)
     assert levels[-1] == n and list(levels) == sorted(set(levels), reverse=True) and len(levels) <= 8
-    assert 288 <= max(levels) < 288 + n or levels == (n,)
+    assert 288 <= max(levels) <= 720 and (n > 72 or max(levels) < 288 + n)
     shared = [set(np.round(equal_angles(level, 0.3), 9)) >= set(np.round(equal_angles(n, 0.3), 9)) for level in levels]
     assert all(shared)
 
@@ -86,5 +86,6 @@ def test_multiples_contain_the_measured_views(n):
 def test_multiples_of_18_views_are_the_published_levels():
     assert multiples(18) == LEVELS
     assert multiples(24) == (288, 240, 192, 144, 96, 72, 48, 24) and multiples(72) == (288, 216, 144, 72)
+    assert multiples(200) == (600, 400, 200) and multiples(500) == (500,)
     assert chain_levels(24, "log-views", 8) == multiples(24)
     assert chain_levels(24, "log-views", 0) == chain_levels(24, "level", 8) == levels_for(24)
