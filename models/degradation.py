@@ -44,7 +44,7 @@ def multiples(n_views: int) -> tuple[int, ...]:
     there to the first multiple of at least 288; none above 720. For 18 views these are the published levels.
 
     An estimate that is consistent with the measurement is exact in the views it shares with a level. The published
-    levels share few with most measurements, and chains through them lose up to 2 dB (README, "Any view count").
+    levels share few with most measurements, and chains through them lose up to 1.3 dB (README, "Any view count").
     """
     top = max(4, math.ceil(LEVELS[0] / n_views))
     factors = {1, 2, 3, *(round(4 + (top - 4) * i / 4) for i in range(5))}

@@ -124,7 +124,7 @@ PRESETS = {
     "paper": PAPER,
     # ReCo-Diff (arXiv 2603.02691): the published recipe with two passes a call, the second beside a residual channel.
     "reco": replace(PAPER, channels=2, epochs=200, val_sampler="reco"),
-    # 2.2 M parameters, 11.5 GFLOP a call: trains on a CPU, in so few steps that flips and turns cost 0.3 dB.
+    # 2.2 M parameters, 11.5 GFLOP a call: trains on a CPU, in so few steps that flips and turns cost 0.2 to 0.5 dB.
     "tiny": TINY,
     # 8.6 M parameters, 46 GFLOP a call, the recipe of `tiny`: for one GPU. No trained result is documented yet.
     "small": replace(
