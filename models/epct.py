@@ -12,23 +12,18 @@ from models.degradation import LEVELS, Degradation, chain_levels, condition
 from models.presets import Preset
 from models.samplers import anchored_residual
 
-FOCUS = tuple(LEVELS.index(n) for n in (18, 36, 72))  # the sparsity levels that the field reports
 
-
-def measured_level(u: float, focus: float) -> int:
-    """Level T of a measurement from a uniform draw u: one of FOCUS with probability `focus`, else any."""
-    if u < focus:
-        return FOCUS[int(u / focus * len(FOCUS))]
-    return int((u - focus) / (1 - focus) * len(LEVELS))
-
-
-def measured_views(u: float, focus: float, between: float) -> int:
+def measured_views(u: float, preset: Preset) -> int:
     """Views n_T of a measurement from a uniform draw u: with probability `between` any count from 18 to 288, the angle
-    between two views uniform, else those of a `measured_level`."""
-    if u < between:
+    between two views uniform; of the others, with probability `focus` one of `focus_views`, else a published level's.
+    """
+    if u < preset.between:
         densest, sparsest = 1 / LEVELS[0], 1 / LEVELS[-1]
-        return round(1 / (sparsest - u / between * (sparsest - densest)))
-    return LEVELS[measured_level((u - between) / (1 - between), focus)]
+        return round(1 / (sparsest - u / preset.between * (sparsest - densest)))
+    u = (u - preset.between) / (1 - preset.between)
+    if u < preset.focus:
+        return preset.focused[int(u / preset.focus * len(preset.focused))]
+    return LEVELS[int((u - preset.focus) / (1 - preset.focus) * len(LEVELS))]
 
 
 def conditioning(views: list[int], kind: str, like: torch.Tensor) -> torch.Tensor:
@@ -109,7 +104,7 @@ def begin(part: Part, degrade: Degradation, preset: Preset, seed: int, device: s
     x0 = part.x.to(device, non_blocking=True)
     if preset.deforms:
         x0 = degrade.full(deform(x0, part.indices, seed, preset.rotate, preset.zoom, preset.translate))
-    n_T = [measured_views(u[0], preset.focus, preset.between) for u in part.uniform]
+    n_T = [measured_views(u[0], preset) for u in part.uniform]
     dc = data_consistency(degrade, degrade.project(x0, n_T), preset.dc) if preset.dc else None
     x_T = degrade(x0, n_T)
     return Chain(part, x0, degrade, dc, x_T, n_T, measured=(x_T, n_T))

@@ -36,7 +36,8 @@ class Preset:
     jumps: float = 1.0             # share of hops to t' ~ U{0..t-1}; the others go to t - 1
     update: str = "shift"          # shift: x_t - D(x0_hat, n_t) + D(x0_hat, n_s) | naive: D(x0_hat, n_s)
     dc: int = 0                    # iterations of data consistency on an estimate before it is composed
-    focus: float = 0.0             # share of measurements drawn at 18, 36 or 72 views; the others at any level
+    focus: float = 0.0             # share of measurements drawn at `focus_views`; the others at any level
+    focus_views: str = "18 36 72"  # those that the field reports; one that stands twice is drawn twice as often
     between: float = 0.0           # share of measurements with any 18 to 288 views instead of a level's
     loss: str = "mse"              # mse | rmse | charbonnier | spectral, of each slice
     combined: bool = False         # one optimizer step a batch, on the mean loss of its inputs
@@ -84,6 +85,9 @@ class Preset:
                 raise ValueError(f"{name} is {getattr(self, name)}; expected a positive number")
         if not math.isfinite(self.lr + self.weight_decay + self.shift + self.scale):
             raise ValueError("lr, weight_decay, shift or scale is not finite")
+        views = self.focus_views.split()
+        if not views or not all(n.isdecimal() and 1 <= int(n) <= 720 for n in views):
+            raise ValueError(f"focus_views is {self.focus_views!r}; expected counts from 1 to 720, as '18 36 72'")
         if self.channels not in (1, 2):
             raise ValueError(f"channels is {self.channels}; expected 1, or 2 for the residual channel")
         if self.residual_channel == "anchored" and self.channels == 1:
@@ -103,6 +107,10 @@ class Preset:
     def deforms(self) -> bool:
         """Whether slices are deformed before x0 = R(slice), so that x0 is made anew each time."""
         return self.rotate > 0 or self.zoom > 0 or self.translate > 0
+
+    @property
+    def focused(self) -> tuple[int, ...]:
+        return tuple(int(n) for n in self.focus_views.split())
 
     def mathematics(self) -> dict:
         """The fields that a resumed run must share: all but those of how a step is computed."""

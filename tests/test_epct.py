@@ -1,5 +1,6 @@
 """What EPCT draws and minimises beyond the published recipe, which tests/test_paper.py asserts."""
 
+from collections import Counter
 from dataclasses import replace
 
 import numpy as np
@@ -10,19 +11,24 @@ import train
 from datasets.loader import Part
 from models.consistency import data_consistency
 from models.degradation import LEVELS, Degradation, condition, multiples
-from models.epct import begin, denser_views, hop, loss, measured_level, measured_views, network_input
+from models.epct import begin, denser_views, hop, loss, measured_views, network_input
 from models.presets import PRESETS
 from models.samplers import sequential
 from models.schedule import forward_calls
 from models.unet import UNet
 from utils.state import newest_state
 
+UNIFORM = (np.arange(8000) + 0.5) / 8000
 
-def test_measured_levels():
-    uniform = (np.arange(8000) + 0.5) / 8000
-    assert (np.bincount([measured_level(u, 0.0) for u in uniform]) == 1000).all(), "the published draw"
-    draws = np.bincount([measured_level(u, 0.6) for u in uniform])
-    assert np.abs(draws - [400, 400, 400, 400, 2000, 400, 2000, 2000]).max() <= 1
+
+def test_measurements_at_the_levels_and_in_focus():
+    def draws(**fields):
+        counts = Counter(measured_views(u, replace(PRESETS["paper"], **fields)) for u in UNIFORM)
+        return [counts[n] for n in LEVELS]
+
+    assert draws() == [1000] * 8, "the published draw"
+    np.testing.assert_allclose(draws(focus=0.6), [400, 400, 400, 400, 2000, 400, 2000, 2000], atol=1)
+    np.testing.assert_allclose(draws(focus=0.6, focus_views="72 18 72"), [400] * 4 + [3600, 400, 400, 2000], atol=1)
 
 
 def test_a_chain_without_jumps_goes_level_by_level_and_stays_at_the_densest():
@@ -41,7 +47,7 @@ def test_jumps_reach_every_denser_level_alike():
 
 def test_measurements_between_the_levels():
     """The angle between views is uniform."""
-    draws = [measured_views(u, 0.0, 0.5) for u in (np.arange(8000) + 0.5) / 8000]
+    draws = [measured_views(u, replace(PRESETS["paper"], between=0.5)) for u in UNIFORM]
     between, levels = np.array(draws[:4000]), draws[4000:]
     assert 18 == between.min() < 280 < between.max() <= 288 and {*range(18, 49)} < {*between.tolist()}
     assert abs((between < 34).mean() - 0.5) < 0.03, "1/33.9 is the mean of 1/18 and 1/288"

@@ -117,7 +117,8 @@ def test_bad_input_gets_a_sentence_and_nothing_is_overwritten(data, tmp_path, ca
     assert "does not exist" in go("--data", tmp_path / "missing")
     for flags, sentence in {"--batch 0": "batch is 0; expected 1 or more", "--jumps 7": "expected a share from 0 to 1",
                             "--dropout 1.5": "expected a share", "--scale 0": "expected a positive number",
-                            "--lr nan": "lr is nan", "--shift inf": "not finite",
+                            "--focus-views 18,36": "expected counts from 1", "--lr nan": "lr is nan",
+                            "--shift inf": "not finite",
                             "--val-sampler reco": "needs channels 2 and residual_channel two-pass",
                             "--channels 1": "residual_channel anchored needs channels 2"}.items():
         assert sentence in go(*flags.split()), flags
