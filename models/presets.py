@@ -110,6 +110,7 @@ class Preset:
 
     @property
     def focused(self) -> tuple[int, ...]:
+        """`focus_views` as numbers."""
         return tuple(int(n) for n in self.focus_views.split())
 
     def mathematics(self) -> dict:
