@@ -1,0 +1,79 @@
+"""Command lines: flags with their defaults in --help, usage errors of one sentence, exits with a sentence."""
+
+import argparse
+import functools
+import math
+import sys
+from dataclasses import fields
+from typing import Literal, get_args, get_origin, get_type_hints
+
+from utils.errors import CvGDiffError
+
+
+def script(main):
+    """Decorates main(argv) of a script: an error of this project becomes its sentence and an exit status.
+
+    Ctrl-C becomes one line and status 130.
+    """
+    @functools.wraps(main)
+    def run(argv=None):
+        try:
+            return main(argv)
+        except CvGDiffError as error:
+            print(error, file=sys.stderr)
+            sys.exit(error.status)
+        except KeyboardInterrupt:
+            print("Stopped by Ctrl-C. What is written is whole; the same command goes on.", file=sys.stderr)
+            sys.exit(130)
+
+    return run
+
+
+class _Formatter(argparse.RawDescriptionHelpFormatter):
+    def _get_help_string(self, action):
+        """The help with its default, unless it says that itself."""
+        text = action.help or ""
+        said = "default" in text or action.default in (None, False, argparse.SUPPRESS) or not action.option_strings
+        default = " ".join(map(str, action.default)) if isinstance(action.default, list | tuple) else action.default
+        return text if said else f"{text} (default: {default})".replace("%", "%%")
+
+
+class Parser(argparse.ArgumentParser):
+    """An ArgumentParser whose usage errors are one sentence, and whose flags cannot be abbreviated."""
+
+    def __init__(self, prog: str, doc: str, **options):
+        """prog: the command as a person types it; doc: the module's docstring."""
+        super().__init__(prog, description=doc, formatter_class=_Formatter, allow_abbrev=False, **options)
+
+    def error(self, message: str):
+        self.exit(2, f"{self.prog}: {message.rstrip('.')}. All flags: {self.prog} --help\n")
+
+    def at_least(self, args: argparse.Namespace, least: dict[str, float]) -> None:
+        """Ends with a sentence where a number that was given is smaller than `least` says, or not finite."""
+        for name, limit in least.items():
+            given = getattr(args, name)
+            for value in given if isinstance(given, list) else [given]:
+                if value is not None and not limit <= value < math.inf:
+                    self.error(f"--{name.replace('_', '-')} {value}: expected a number of at least {limit}")
+
+
+def add_fields(parser, cls, default) -> None:
+    """A flag for each field of a dataclass; None where it is not given.
+
+    The fields are Annotated[type, help]; a Literal gives the choices. default(name): the text for its default.
+    """
+    for name, (kind, text) in described_fields(cls).items():
+        flag, text = "--" + name.replace("_", "-"), f"{text} (default: {default(name)})".replace("%", "%%")
+        if kind is bool:
+            parser.add_argument(flag, action=argparse.BooleanOptionalAction, help=text)
+        elif get_origin(kind) is Literal:
+            parser.add_argument(flag, type=type(get_args(kind)[0]), choices=get_args(kind), help=text)
+        else:
+            parser.add_argument(flag, type=kind, help=text, metavar=kind.__name__.upper())
+
+
+def described_fields(cls) -> dict[str, tuple[type, str]]:
+    """{name: (type, what it means)} of a dataclass whose fields are Annotated[type, text]."""
+    hints = get_type_hints(cls, include_extras=True)
+    return {field.name: get_args(hints[field.name]) for field in fields(cls)}
+
