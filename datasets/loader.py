@@ -1,15 +1,13 @@
 """Batches of training slices: everything random is a function of the seed and the global sample index."""
 
-import math
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 
-from datasets.slices import find_slices, fingerprint, read_slices, split_by_patient, spread
+from datasets.slices import evenly_spaced, find_slices, fingerprint, read_slices, split_by_patient
 from utils.distributed import shares
 from utils.units import hu_to_mu
 
@@ -28,7 +26,7 @@ def load_slices(data, val_fraction: float, val_slices: int, seed: int, multiple:
     for files in (train, val):
         files, hu = read_slices(files, multiple, strict)
         if val_slices and splits:
-            chosen = spread(len(hu), val_slices)
+            chosen = evenly_spaced(len(hu), val_slices)
             files, hu = [files[i] for i in chosen], hu[chosen]
         prints.append(fingerprint(files, hu))
         splits.append(([f.name for f in files], hu_to_mu(torch.from_numpy(hu))[:, None]))
@@ -79,34 +77,13 @@ def load_batch(mu: torch.Tensor, span: tuple[int, int], seed: int, preset, rank:
     return span, loaded, weight
 
 
-def start_angle(first: int, seed: int, starts: int) -> float:
-    """Angle of the first view for the batch that begins at global index `first`, radians.
-
-    One of `starts` that divide the 18-view spacing evenly: few, because a projector keeps tables for each.
-    """
-    return 2 * math.pi / 18 * int(np.random.default_rng([seed, 2, first]).integers(starts)) / starts
-
-
 def flip_and_turn(x: torch.Tensor, symmetries) -> torch.Tensor:
     """The symmetry 0..7 of each slice: quarter turns, mirrored from 4 on. They commute with the full-view scan R."""
     return torch.stack([torch.rot90(y.flip(-1) if g >= 4 else y, int(g % 4), (-2, -1))
                         for y, g in zip(x, symmetries, strict=True)])
 
 
-def deform(mu: torch.Tensor, indices, seed: int, rotate: float, zoom: float, translate: float) -> torch.Tensor:
-    """Each slice (B, 1, H, W) turned, scaled and moved at random, bilinear, air outside. For slices, before x0 = R(.).
-
-    rotate: largest angle, degrees; zoom: largest change of scale, share; translate: largest shift, share of the side.
-    """
-    draws = np.stack([np.random.default_rng([seed, 3, i]).uniform(-1, 1, 4) for i in indices])
-    angle, scale = np.radians(rotate) * draws[:, 0], 1 / (1 + zoom * draws[:, 1])
-    cos, sin = scale * np.cos(angle), scale * np.sin(angle)
-    shift = 2 * translate * draws[:, 2:]  # the grid runs from -1 to 1
-    theta = torch.from_numpy(np.stack([cos, -sin, shift[:, 0], sin, cos, shift[:, 1]], 1).reshape(-1, 2, 3)).to(mu)
-    return F.grid_sample(mu, F.affine_grid(theta, list(mu.shape), align_corners=False), align_corners=False)
-
-
-def ahead(function, items):
+def prefetch(function, items):
     """function(item) of all items in order; a thread makes the next one while the caller works on this one."""
     with ThreadPoolExecutor(1) as pool:
         waiting = None

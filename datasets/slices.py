@@ -92,7 +92,7 @@ def read_slices(files: list[Path], multiple: int = 1, strict: bool = False) -> t
     return kept, np.stack(slices)
 
 
-def spread(count: int, wanted: int | None) -> list[int]:
+def evenly_spaced(count: int, wanted: int | None) -> list[int]:
     """Indices of `wanted` of `count` slices, evenly spread; of all where none or as many are wanted."""
     return np.linspace(0, count - 1, min(wanted or count, count)).round().astype(int).tolist()
 

@@ -3,7 +3,6 @@
 Every picture is what the shipped network makes of slice --slice at 18 views; the numbers below are its PSNR.
 """
 
-import argparse
 from pathlib import Path
 
 import numpy as np
@@ -11,12 +10,10 @@ import torch
 from matplotlib.patches import FancyArrowPatch
 
 from datasets.slices import find_slices, read_slice
-from models.checkpoint import denoiser, find_checkpoint, load_checkpoint
-from models.consistency import ITERATIONS, data_consistency
-from models.degradation import Degradation
-from models.samplers import chain_of, sequential
+from models.reconstructor import Reconstructor
+from utils.cli import Parser, script
 from utils.figures import plt, write
-from utils.metrics import measure
+from utils.metrics import score
 from utils.units import WINDOWS, hu_to_mu, mu_to_hu
 
 HERE = Path(__file__).parent
@@ -24,23 +21,21 @@ GREY = {"cmap": "gray", "vmin": -850, "vmax": 650}  # HU, as in the comparisons 
 RED, BLUE = "#b03020", "#1f4e79"
 
 
-@torch.no_grad()
 def pictures(index: int, n_views: int) -> tuple[np.ndarray, list[tuple[str, np.ndarray, float]]]:
     """The sinogram (views, bins) and (label, HU, PSNR in dB) of the stages of one chain."""
     files = find_slices(HERE.parent / "datasets" / "sample", "test")
-    degrade, (network, _) = Degradation(), load_checkpoint(find_checkpoint("tiny"))
+    consistent, plain = Reconstructor.from_checkpoint("tiny"), Reconstructor.from_checkpoint("tiny", dc=0)
+    degrade = consistent.degrade
     x0 = degrade.full(hu_to_mu(torch.from_numpy(read_slice(files[index])))[None, None])
-    denoise, y = denoiser(network), degrade.project(x0, [n_views])
-    x_T, dc = degrade.fbp(y, x0.shape[-1]), data_consistency(degrade, y, ITERATIONS)
-    chain = chain_of(network.config, n_views, ITERATIONS)
-    estimate = denoise(x_T, [n_views])
-    consistent = dc(estimate, [0])
-    stages = {rf"$x_T$, {n_views} views": x_T, r"estimate $\hat{x}_0$": estimate,
-              r"$\hat{x}_0$ that explains $y$": consistent,
-              rf"$x_s$, {chain['levels'][-2]} views": degrade(consistent, chain["levels"][-2]),
-              r"the last $\hat{x}_0$": sequential(denoise, degrade, x_T, dc=dc, **chain)[0]}
-    return y[0][0].numpy(), [(label, mu_to_hu(x[0, 0]).numpy(), measure(x, x0, *WINDOWS[0])["psnr"].item())
-                     for label, x in stages.items()]
+    y, dense = degrade.project(x0, n_views), consistent.chain(n_views)[-2]
+    corrected = consistent.run("one-step", y)[0]
+    stages = {rf"$x_T$, {n_views} views": degrade.fbp(y, x0.shape[-1]),
+              r"estimate $\hat{x}_0$": plain.run("one-step", y)[0],
+              r"$\hat{x}_0$ that explains $y$": corrected,
+              rf"$x_s$, {dense} views": degrade(corrected, dense),
+              r"the last $\hat{x}_0$": consistent.run("sequential", y)[0]}
+    return y[0, 0].numpy(), [(label, mu_to_hu(x[0, 0]).numpy(), score(x, x0, *WINDOWS[0])["psnr"].item())
+                             for label, x in stages.items()]
 
 
 def arrow(figure, start, end, color, bend: str = "arc3") -> None:
@@ -48,10 +43,11 @@ def arrow(figure, start, end, color, bend: str = "arc3") -> None:
                                       arrowstyle="-|>", mutation_scale=11, linewidth=1.4, shrinkA=0, shrinkB=0))
 
 
+@script
 def main(argv=None) -> None:
-    parser = argparse.ArgumentParser("python -m fig.framework", description=__doc__)
-    parser.add_argument("--slice", type=int, default=4, choices=range(8), help="of the sample set, default 4")
-    parser.add_argument("--out", type=Path, default=HERE / "framework.png")
+    parser = Parser("python -m fig.framework", __doc__)
+    parser.add_argument("--slice", type=int, default=4, choices=range(8), help="of the sample set")
+    parser.add_argument("--out", type=Path, default=HERE / "framework.png", help="the file to write")
     args = parser.parse_args(argv)
     sinogram, stages = pictures(args.slice, 18)
     plt.rcParams["mathtext.fontset"] = "cm"

@@ -5,31 +5,34 @@
 The figure shows mean PSNR in the headline window. With several folders the names of their methods begin with theirs.
 """
 
-import argparse
 import json
-import sys
 from pathlib import Path
 
-from utils.figures import LABELS, draw_curves, plt, write
-from utils.plot_run import curves
+from fig.plot_run import curves
+from models.methods import LABELS
+from utils.cli import Parser, script
+from utils.errors import InputError
+from utils.figures import draw_curves, plt, write
 from utils.scalars import read_lines
 
 
 def headline(folder: Path) -> list[dict]:
-    """Rows of summary.json in its first window. Exits with a sentence where there is none."""
+    """Rows of summary.json in its first window. Raises InputError where there is none."""
     try:
-        summary = json.loads((folder / "summary.json").read_text())
+        summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
         return [row for row in summary if row["window"] == summary[0]["window"]]
-    except (OSError, ValueError, KeyError, IndexError, TypeError):
-        sys.exit(f"{folder} holds no whole summary.json; expected the --out folder of a finished run of test.py.")
+    except (OSError, ValueError, KeyError, IndexError, TypeError) as error:
+        raise InputError(f"{folder} holds no whole summary.json; expected the --out folder of a finished run of "
+                         "test.py.") from error
 
 
+@script
 def main(argv=None) -> None:
-    parser = argparse.ArgumentParser("python -m fig.quantitative", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser("python -m fig.quantitative", __doc__)
     parser.add_argument("results", type=Path, nargs="+", help="--out folders of test.py")
-    parser.add_argument("--run", type=Path, help="--out folder of train.py: adds its validation PSNR")
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "quantitative.png")
+    parser.add_argument("--run", type=Path, help="--out folder of train.py: adds its validation PSNR (default: none)")
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "quantitative.png",
+                        help="the file to write")
     args = parser.parse_args(argv)
     by_method, by_calls = {}, {}
     for folder in args.results:
@@ -43,7 +46,7 @@ def main(argv=None) -> None:
     if args.run:
         found = curves(read_lines(args.run / "metrics.jsonl"), "/psnr")
         if not found:
-            sys.exit(f"{args.run} holds no validation PSNR; expected the --out folder of a run of train.py.")
+            raise InputError(f"{args.run} holds no validation PSNR; expected the --out folder of a run of train.py.")
         panels.append(({name.removesuffix("/psnr"): list(zip(*xy, strict=True)) for name, xy in found.items()},
                        "training images", "validation", {}))
     figure, axes = plt.subplots(1, len(panels), figsize=(4 * len(panels), 3.4), layout="constrained")

@@ -8,6 +8,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
+from datasets.slices import find_slices, read_slices
 from models.presets import Preset
 from models.schedule import budget
 from models.unet import UNet, UNetConfig
@@ -39,14 +40,29 @@ def cost(config: UNetConfig, size: int, precision: str) -> tuple[int, int, int]:
     return sum(p.numel() for p in parameters), counter.get_total_flops(), kept_bytes
 
 
-def describe(preset: Preset, count: int, size: int, device: str) -> str:
-    """Resolved configuration and cost of a run on `count` slices of `size` pixels, for a person.
+def describe_run(preset: Preset, data, device: str) -> str:
+    """Resolved configuration and cost of a run on the training slices of a folder, for a person.
 
     The time is measured: that of one forward and backward call of one slice on this device.
     """
+    files = find_slices(data, "train")
+    size = read_slices(files[:1], preset.network().multiple, True)[1].shape[-1]
     parameters, flops, kept = cost(preset.network(), size, preset.precision)
-    images, steps, calls = budget(preset, count)
+    images, steps, calls = budget(preset, len(files))
     dtype = torch.float64 if preset.precision == "fp64" else torch.float32
+    copies = 5  # weights, EMA, gradient and the two averages of Adam
+    held = kept * -(-preset.batch // preset.accumulate) + copies * dtype.itemsize * parameters
+    return "\n".join([
+        *(f"{name:18} {value}" for name, value in asdict(preset).items()),
+        f"{parameters:,} parameters; {flops / 1e9:.2f} GFLOP for a call of one slice of {size}x{size}",
+        f"{images:,} images, {steps:,} optimizer steps, {calls * flops / 1e15:.4g} PFLOP",
+        f"about {held / 2**30:.2f} GiB for one process, besides slices and projector tables",
+        f"about {calls / 3 * seconds_a_call(preset, size, device, dtype) / 3600:.2f} h for the network, by one call on "
+        "this device"])
+
+
+def seconds_a_call(preset: Preset, size: int, device: str, dtype: torch.dtype) -> float:
+    """Seconds of one forward and backward call of one slice, measured."""
     network = UNet(preset.network()).to(device, dtype)
     x, t = torch.zeros(1, 1, size, size, device=device, dtype=dtype), torch.zeros(1, device=device)
     bf16 = preset.precision == "bf16" and bf16_pays(device)
@@ -57,11 +73,4 @@ def describe(preset: Preset, count: int, size: int, device: str) -> str:
         x0_hat.sum().backward()
         network.conv_in.weight.grad.sum().item()  # waits for the device
         seconds = time.perf_counter() - start
-    copies = 5  # weights, EMA, gradient and the two averages of Adam
-    held = kept * -(-preset.batch // preset.accumulate) + copies * dtype.itemsize * parameters
-    return "\n".join([
-        *(f"{name:18} {value}" for name, value in asdict(preset).items()),
-        f"{parameters:,} parameters; {flops / 1e9:.2f} GFLOP for a call of one slice of {size}x{size}",
-        f"{images:,} images, {steps:,} optimizer steps, {calls * flops / 1e15:.4g} PFLOP",
-        f"about {held / 2**30:.2f} GiB for one process, besides slices and projector tables",
-        f"about {calls / 3 * seconds / 3600:.2f} h for the network, by one call on this device"])
+    return seconds

@@ -2,68 +2,51 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache
 
 import torch
 
-from datasets.loader import Part, deform
+from datasets.loader import Part
 from models.consistency import data_consistency
-from models.degradation import LEVELS, Degradation, chain_levels, condition
+from models.degradation import Degradation
+from models.estimate import anchored_residual
+from models.levels import LEVELS, chain_levels, condition
 from models.presets import Preset
-from models.samplers import anchored_residual
 
 
-def measured_views(u: float, preset: Preset) -> int:
-    """Views n_T of a measurement from a uniform draw u: with probability `between` any count from 18 to 288, the angle
-    between two views uniform; of the others, with probability `focus` one of `focus_views`, else a published level's.
+def draw_views(u: float, preset: Preset) -> int:
+    """Views n_T of a measurement from a uniform draw u.
+
+    With probability `any_view_share` any count from 18 to 288, the angle between two views uniform; of the others, with
+    probability `focus_share` one of `focus_views`, else a published level's.
     """
-    if u < preset.between:
+    if u < preset.any_view_share:
         densest, sparsest = 1 / LEVELS[0], 1 / LEVELS[-1]
-        return round(1 / (sparsest - u / preset.between * (sparsest - densest)))
-    u = (u - preset.between) / (1 - preset.between)
-    if u < preset.focus:
-        return preset.focused[int(u / preset.focus * len(preset.focused))]
-    return LEVELS[int((u - preset.focus) / (1 - preset.focus) * len(LEVELS))]
+        return round(1 / (sparsest - u / preset.any_view_share * (sparsest - densest)))
+    u = (u - preset.any_view_share) / (1 - preset.any_view_share)
+    if u < preset.focus_share:
+        return preset.focused[int(u / preset.focus_share * len(preset.focused))]
+    return LEVELS[int((u - preset.focus_share) / (1 - preset.focus_share) * len(LEVELS))]
 
 
-def conditioning(views: list[int], kind: str, like: torch.Tensor) -> torch.Tensor:
-    """View counts as the network takes them, (B,) float32."""
-    return torch.tensor([condition(n, kind) for n in views], device=like.device)
+def next_level(n: int, levels: tuple[int, ...], uniform, jumps: float) -> int:
+    """Views of the level after n views in a chain through `levels`.
+
+    With probability `jumps` any denser one, uniformly, else the next. A chain at the densest stays there.
+    """
+    t = levels.index(n)
+    if t == 0:
+        return n
+    return levels[int(uniform[1] * t) if uniform[0] < jumps else t - 1]
 
 
 def loss(x0_hat: torch.Tensor, x0: torch.Tensor, kind: str, scale: float) -> torch.Tensor:
     """Loss of an estimate for each slice, (B,).
 
-    kind: "mse", the published one; "rmse", its root: every slice weighs the same however good it already is;
-    "charbonnier", mean sqrt(e^2 + 0.01^2) - 0.01, which minds outliers less; "spectral", rmse with every frequency
-    weighted by its radius (mean 1), for sharp detail. In units of `scale` mu, which keeps gradients well above Adam's
-    epsilon; 1 for the published network.
+    kind: "mse", the published one; "rmse", its root: every slice weighs the same however good it already is. In units
+    of `scale` mu, which keeps gradients well above Adam's epsilon; 1 for the published network.
     """
-    error = (x0_hat - x0) / scale
-    if kind == "charbonnier":
-        return ((error.square() + 0.01**2).sqrt() - 0.01).mean(dim=(1, 2, 3))
-    if kind == "spectral":
-        ramp = _radii(error.shape[-1], error.device, error.dtype)
-        return (torch.fft.fft2(error, norm="ortho").abs().square() * ramp).mean(dim=(1, 2, 3)).sqrt()
-    mse = error.square().mean(dim=(1, 2, 3))
+    mse = ((x0_hat - x0) / scale).square().mean(dim=(1, 2, 3))
     return mse if kind == "mse" else mse.sqrt()
-
-
-@lru_cache(maxsize=8)
-def _radii(size: int, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
-    """Distance of each frequency of fft2 from zero, (size, size), with mean 1."""
-    f = torch.fft.fftfreq(size, device=device, dtype=dtype)
-    radii = (f[:, None]**2 + f**2).sqrt()
-    return radii / radii.mean()
-
-
-def denser_views(n: int, levels: tuple[int, ...], uniform, jumps: float) -> int:
-    """Views of the level after n views in a chain through `levels`: any denser one, uniformly, with probability
-    `jumps`, else the next. A chain at the densest stays there."""
-    t = levels.index(n)
-    if t == 0:
-        return n
-    return levels[int(uniform[1] * t) if uniform[0] < jumps else t - 1]
 
 
 @torch.no_grad()
@@ -88,49 +71,47 @@ class Chain:
     """The slices of one forward and backward call, and where each stands in its chain of inputs."""
 
     part: Part
-    x0: torch.Tensor              # ground truths, mu (B, 1, H, W)
+    x0: torch.Tensor              # ground truths, mu (B, 1, H, H)
     degrade: Degradation
+    x_T: torch.Tensor             # the restore input
+    n_T: list[int]                # and its view counts, one a slice
     dc: Callable | None           # data consistency with the measurements
     x_t: torch.Tensor             # the network's input now
-    views: list[int]              # and its view counts
-    x0_hat: torch.Tensor | None = None  # the last estimate
-    pure: torch.Tensor | None = None    # where x_t is an estimate itself and has no residual, (B, 1, 1, 1)
-    measured: tuple[torch.Tensor, list[int]] | None = None  # x_T and n_T, to which residuals are anchored,
-    residual: torch.Tensor | None = None                    # and the last such residual
+    n_t: list[int]                # and its view counts
+    x0_hat: torch.Tensor | None = None       # the last estimate
+    is_estimate: torch.Tensor | None = None  # where x_t is an estimate itself and has no residual, (B, 1, 1, 1)
+    residual: torch.Tensor | None = None     # the last anchored residual
 
 
-def begin(part: Part, degrade: Degradation, preset: Preset, seed: int, device: str) -> Chain:
-    """The restore input x_T = D(x0, n_T), T drawn for each slice."""
+def start_chain(part: Part, degrade: Degradation, preset: Preset, device: str) -> Chain:
+    """The restore input x_T = D(x0, n_T), n_T drawn for each slice."""
     x0 = part.x.to(device, non_blocking=True)
-    if preset.deforms:
-        x0 = degrade.full(deform(x0, part.indices, seed, preset.rotate, preset.zoom, preset.translate))
-    n_T = [measured_views(u[0], preset) for u in part.uniform]
+    n_T = [draw_views(u[0], preset) for u in part.uniform]
     dc = data_consistency(degrade, degrade.project(x0, n_T), preset.dc) if preset.dc else None
     x_T = degrade(x0, n_T)
-    return Chain(part, x0, degrade, dc, x_T, n_T, measured=(x_T, n_T))
+    return Chain(part, x0, degrade, x_T, n_T, dc, x_T, n_T)
 
 
-def hop(chain: Chain, number: int, preset: Preset) -> None:
-    """Compose input number 1, 2, ... of a chain, at denser levels, from the estimate of the input before it."""
+def advance(chain: Chain, hop: int, preset: Preset) -> None:
+    """Compose the input of hop 1, 2, ... of a chain, at denser levels, from the estimate of the input before it."""
     x0_hat = torch.where(chain.x0_hat.isfinite(), chain.x0_hat, chain.x_t)  # what was not finite took no part either
     if preset.residual_channel == "anchored":
-        chain.residual = anchored_residual(chain.degrade, x0_hat, *chain.measured)
+        chain.residual = anchored_residual(chain.degrade, x0_hat, chain.x_T, chain.n_T)
     if chain.dc:
         x0_hat = chain.dc(x0_hat, range(len(x0_hat)))
-    n_s = [denser_views(n, chain_levels(n_T, preset.conditioning, preset.dc), u[2 * number - 1:2 * number + 1],
-                        preset.jumps)
-           for n, n_T, u in zip(chain.views, chain.measured[1], chain.part.uniform, strict=True)]
-    chain.pure = _at_level_0(chain.views, chain.x_t) if preset.update == "shift" else None
-    chain.x_t, chain.views = compose(chain.degrade, chain.x_t, chain.views, x0_hat, n_s, preset.update), n_s
+    n_s = [next_level(n, chain_levels(n_T, preset.conditioning, preset.dc), u[2 * hop - 1:2 * hop + 1], preset.jumps)
+           for n, n_T, u in zip(chain.n_t, chain.n_T, chain.part.uniform, strict=True)]
+    chain.is_estimate = _at_level_0(chain.n_t, chain.x_t) if preset.update == "shift" else None
+    chain.x_t, chain.n_t = compose(chain.degrade, chain.x_t, chain.n_t, x0_hat, n_s, preset.update), n_s
 
 
 def network_input(chain: Chain, network, preset: Preset) -> tuple[torch.Tensor, torch.Tensor]:
-    """What the network is called with: x_t (B, channels, H, W) and t (B,).
+    """What the network is called with: x_t (B, channels, H, H) and t (B,).
 
     The second channel is ReCo-Diff's tanh(x_t - D(x0_hat, n_t)), x0_hat = R([x_t, 0], t) without gradient; 0 where x_t
     is an estimate itself (arXiv 2603.02691). Or, anchored, RBG-Diff's, from the estimate before; 0 in the first call.
     """
-    t = conditioning(chain.views, preset.conditioning, chain.x_t)
+    t = torch.tensor([condition(n, preset.conditioning) for n in chain.n_t], device=chain.x_t.device)
     if preset.channels == 1:
         return chain.x_t, t
     if preset.residual_channel == "anchored":
@@ -140,7 +121,7 @@ def network_input(chain: Chain, network, preset: Preset) -> tuple[torch.Tensor, 
         x0_hat = network(chain.x_t, t)
         x0_hat = torch.where(x0_hat.isfinite(), x0_hat, chain.x_t)
     with torch.autocast(t.device.type, enabled=False):
-        residual = torch.tanh(chain.x_t - chain.degrade(x0_hat, chain.views))
-    if chain.pure is not None:
-        residual = residual.masked_fill(chain.pure, 0)
+        residual = torch.tanh(chain.x_t - chain.degrade(x0_hat, chain.n_t))
+    if chain.is_estimate is not None:
+        residual = residual.masked_fill(chain.is_estimate, 0)
     return torch.cat([chain.x_t, residual], dim=1), t

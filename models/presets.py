@@ -1,112 +1,116 @@
 """Presets: every row is the configuration of a documented result. Any field is a flag of train.py."""
 
 import math
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
+from typing import Annotated, Literal, get_args, get_origin
 
-from models.unet import UNetConfig
+from models.levels import FULL_VIEWS
+from models.samplers import SAMPLERS
+from utils.cli import described_fields
+from utils.errors import InputError
 
 
 @dataclass(frozen=True)
 class Preset:
     # network
-    width: int = 128               # channels at the first resolution
-    dropout: float = 0.1
-    blocks: int = 2                # residual blocks a resolution going down; one more going up
-    stem: int = 1                  # pixel-unshuffle factor before the network
-    channels: int = 1              # 2: a residual channel beside x_t
-    residual_channel: str = "two-pass"  # two-pass: ReCo-Diff's, by a first pass without gradient | anchored: RBG-Diff's
-    conditioning: str = "level"    # level: the nearest published t | log-views: interpolated between them
-    residual: bool = False         # predict x0 - x_t instead of x0
-    shift: float = 0.0             # the network sees (mu - shift)/scale, 1/cm
-    scale: float = 1.0
-    zero_init: bool = False        # start as the identity (with residual)
+    width: Annotated[int, "channels at the first resolution"] = 128
+    dropout: Annotated[float, "share of channels' values that are dropped in training"] = 0.1
+    blocks: Annotated[int, "residual blocks a resolution going down; one more going up"] = 2
+    stem: Annotated[int, "pixel-unshuffle factor before the network"] = 1
+    channels: Annotated[int, "2: a residual channel beside x_t"] = 1
+    residual_channel: Annotated[Literal["two-pass", "anchored"], "two-pass: ReCo-Diff's, by a first pass without "
+                                "gradient; anchored: RBG-Diff's, of the estimate before"] = "two-pass"
+    conditioning: Annotated[Literal["level", "log-views"], "of t on the view count; level: the nearest published one; "
+                            "log-views: interpolated"] = "level"
+    residual: Annotated[bool, "predict x0 - x_t instead of x0"] = False
+    shift: Annotated[float, "the network sees (mu - shift)/scale, 1/cm"] = 0.0
+    scale: Annotated[float, "see --shift"] = 1.0
+    zero_init: Annotated[bool, "start as the identity (with --residual)"] = False
     # budget and batches
-    images: int = 0                # training images to see in all; 0: `epochs` passes over the data
-    epochs: int = 40
-    batch: int = 4                 # the last, smaller batch of a pass is kept
-    augment: bool = False          # flips and quarter turns of x0, which commute with R
-    rotate: float = 0.0            # each slice is turned by up to so many degrees before x0 = R(slice),
-    zoom: float = 0.0              # scaled by up to this share,
-    translate: float = 0.0         # and moved by up to this share of its side
-    starts: int = 1                # angles of the first view to draw from, one a batch; 1: always 0
+    images: Annotated[int, "training images to see in all; 0: --epochs passes over the data"] = 0
+    epochs: Annotated[int, "passes over the data where --images is 0"] = 40
+    batch: Annotated[int, "slices a batch; the last, smaller batch of a pass is kept"] = 4
+    augment: Annotated[bool, "flips and quarter turns of x0, which commute with R"] = False
     # levels and EPCT
-    per_sample_levels: bool = False  # one t (and t') a slice instead of one a batch
-    epct_start: int = 2000         # optimizer steps before composed inputs begin
-    hops: int = 1                  # composed inputs after each restore input, an optimizer step each
-    jumps: float = 1.0             # share of hops to t' ~ U{0..t-1}; the others go to t - 1
-    update: str = "shift"          # shift: x_t - D(x0_hat, n_t) + D(x0_hat, n_s) | naive: D(x0_hat, n_s)
-    dc: int = 0                    # iterations of data consistency on an estimate before it is composed
-    focus: float = 0.0             # share of measurements drawn at `focus_views`; the others at any level
-    focus_views: str = "18 36 72"  # those that the field reports; one that stands twice is drawn twice as often
-    between: float = 0.0           # share of measurements with any 18 to 288 views instead of a level's
-    loss: str = "mse"              # mse | rmse | charbonnier | spectral, of each slice
-    combined: bool = False         # one optimizer step a batch, on the mean loss of its inputs
-    rollout: str = "ema"           # whose estimate a hop uses: ema | own (that of the training call: no extra call)
+    per_sample_levels: Annotated[bool, "one t (and t') a slice instead of one a batch"] = False
+    epct_start: Annotated[int, "optimizer steps before composed inputs begin"] = 2000
+    hops: Annotated[int, "composed inputs after each restore input, an optimizer step each"] = 1
+    jumps: Annotated[float, "share of hops to t' ~ U{0..t-1}; the others go to t - 1"] = 1.0
+    update: Annotated[Literal["shift", "naive"], "the next input: shift: x_t - D(x0_hat, n_t) + D(x0_hat, n_s); naive: "
+                      "D(x0_hat, n_s)"] = "shift"
+    dc: Annotated[int, "iterations of data consistency on an estimate before it is composed"] = 0
+    focus_share: Annotated[float, "share of measurements drawn at --focus-views; the others at any level"] = 0.0
+    focus_views: Annotated[str, "those that the field reports; one that stands twice is drawn twice as often"] = \
+        "18 36 72"
+    any_view_share: Annotated[float, "share of measurements with any 18 to 288 views instead of a level's"] = 0.0
+    loss: Annotated[Literal["mse", "rmse"], "of each slice; rmse weighs all slices alike"] = "mse"
+    estimates_by: Annotated[Literal["ema", "own"], "whose estimate a hop uses; own: that of the training call, without "
+                            "an extra call"] = "ema"
     # optimizer
-    optimizer: str = "adam"        # adam | adamw
-    lr: float = 4e-5
-    weight_decay: float = 0.0
-    clip: float = 1.0              # largest gradient norm
-    schedule: str = "step"         # step: x0.8 every 25 epochs | cosine: warm-up, then to zero at the last step
-    warmup: int = 0                # optimizer steps of linear warm-up (cosine)
-    precision: str = "fp32"        # fp32 | bf16: autocast of the network, projectors in fp32 | fp64: all, for checks
+    optimizer: Annotated[Literal["adam", "adamw"], "the optimizer"] = "adam"
+    lr: Annotated[float, "largest learning rate"] = 4e-5
+    weight_decay: Annotated[float, "of the optimizer"] = 0.0
+    clip: Annotated[float, "largest gradient norm"] = 1.0
+    schedule: Annotated[Literal["step", "cosine"], "of the rate; step: x0.8 every 25 epochs; cosine: warm-up, then to "
+                        "zero at the last step"] = "step"
+    warmup: Annotated[int, "optimizer steps of linear warm-up (cosine)"] = 0
+    precision: Annotated[Literal["fp32", "bf16", "fp64"], "bf16: autocast of the network, projectors in fp32; fp64: "
+                         "all, for checks"] = "fp32"
     # EMA
-    ema: float = 0.995
-    ema_every: int = 10            # optimizer steps between two averages
-    ema_start: int = 2000          # before this step the EMA copies the weights
-    ema_dropout: bool = True       # the EMA network runs with dropout in the compose input
+    ema: Annotated[float, "what an average keeps of the weights before"] = 0.995
+    ema_every: Annotated[int, "optimizer steps between two averages"] = 10
+    ema_start: Annotated[int, "before this step the EMA copies the weights"] = 2000
+    ema_dropout: Annotated[bool, "the EMA network runs with dropout in the compose input"] = True
     # validation and what is published
-    publish: str = "raw"           # raw | ema: which weights validation measures and checkpoint.safetensors holds
-    val_sampler: str = "sequential"  # sampler of the validation, with the preset's data consistency
-    val_slices: int = 0            # slices, evenly spread over the validation set; 0: all
-    val_every: int = 0             # images between validations; 0: after passes 0, 3, 6, ... and the last
-    save_every: int = 4000         # images between checkpoints
+    publish: Annotated[Literal["raw", "ema"], "which weights validation measures and checkpoint.safetensors holds"] = \
+        "raw"
+    val_sampler: Annotated[Literal[*SAMPLERS], "sampler of the validation, with the preset's data consistency"] = \
+        "sequential"
+    val_slices: Annotated[int, "slices, evenly spread over the validation set; 0: all"] = 0
+    val_every: Annotated[int, "images between validations; 0: after passes 0, 3, 6, ... and the last"] = 0
+    save_every: Annotated[int, "images between checkpoints"] = 4000
     # what changes results by rounding alone: free to differ when a run is resumed
-    accumulate: int = 1            # parts of a batch that a process computes one after another, to save memory
-    channels_last: bool = False    # memory layout of the network, on CUDA
-    compile: bool = False          # torch.compile
-    patience: int = 20             # non-finite optimizer steps (each skipped) in a row that stop the run
+    accumulate: Annotated[int, "parts of a batch that a process computes one after another, to save memory"] = 1
+    channels_last: Annotated[bool, "memory layout of the network, on CUDA"] = False
+    compile: Annotated[bool, "torch.compile"] = False
+    patience: Annotated[int, "non-finite optimizer steps (each skipped) in a row that stop the run"] = 20
 
     def check(self) -> None:
-        """Raises ValueError with a sentence for values that cannot be."""
-        for name, least in {"width": 32, "blocks": 1, "stem": 1, "images": 0, "epochs": 1, "batch": 1, "hops": 0,
-                            "save_every": 1, "ema_every": 1, "val_every": 0, "val_slices": 0, "warmup": 0, "dc": 0,
-                            "lr": 0.0, "rotate": 0.0, "translate": 0.0, "starts": 1, "patience": 1,
-                            "accumulate": 1}.items():
+        """Raises InputError with a sentence for values that cannot be."""
+        for name, (kind, _) in described_fields(Preset).items():
+            if get_origin(kind) is Literal and getattr(self, name) not in get_args(kind):
+                raise InputError(f"{name} is {getattr(self, name)!r}; expected {' or '.join(get_args(kind))}")
+        for name, least in LEAST.items():
             if not getattr(self, name) >= least:
-                raise ValueError(f"{name} is {getattr(self, name)}; expected {least} or more")
-        for name in ("focus", "between", "zoom", "dropout", "ema"):
+                raise InputError(f"{name} is {getattr(self, name)}; expected {least} or more")
+        for name in ("focus_share", "any_view_share", "dropout", "ema"):
             if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; expected a share from 0 to below 1")
+                raise InputError(f"{name} is {getattr(self, name)}; expected a share from 0 to below 1")
         if not 0 <= self.jumps <= 1:
-            raise ValueError(f"jumps is {self.jumps}; expected a share from 0 to 1")
+            raise InputError(f"jumps is {self.jumps}; expected a share from 0 to 1")
         for name in ("scale", "clip"):
             if not getattr(self, name) > 0:
-                raise ValueError(f"{name} is {getattr(self, name)}; expected a positive number")
+                raise InputError(f"{name} is {getattr(self, name)}; expected a positive number")
         if not math.isfinite(self.lr + self.weight_decay + self.shift + self.scale):
-            raise ValueError("lr, weight_decay, shift or scale is not finite")
+            raise InputError("lr, weight_decay, shift or scale is not finite")
         views = self.focus_views.split()
-        if not views or not all(n.isdecimal() and 1 <= int(n) <= 720 for n in views):
-            raise ValueError(f"focus_views is {self.focus_views!r}; expected counts from 1 to 720, as '18 36 72'")
+        if not views or not all(n.isdecimal() and 1 <= int(n) <= FULL_VIEWS for n in views):
+            raise InputError(f"focus_views is {self.focus_views!r}; expected counts from 1 to {FULL_VIEWS}, as "
+                             "'18 36 72'")
         if self.channels not in (1, 2):
-            raise ValueError(f"channels is {self.channels}; expected 1, or 2 for the residual channel")
+            raise InputError(f"channels is {self.channels}; expected 1, or 2 for the residual channel")
         if self.residual_channel == "anchored" and self.channels == 1:
-            raise ValueError("residual_channel anchored needs channels 2")
-        if self.val_sampler == "reco" and (self.channels, self.residual_channel) != (2, "two-pass"):
-            raise ValueError("val_sampler reco needs channels 2 and residual_channel two-pass")
+            raise InputError("residual_channel anchored needs channels 2")
+        if SAMPLERS[self.val_sampler].two_pass and (self.channels, self.residual_channel) != (2, "two-pass"):
+            raise InputError(f"val_sampler {self.val_sampler} needs channels 2 and residual_channel two-pass")
         if self.width % 32:
-            raise ValueError(f"width is {self.width}; expected a multiple of 32, the groups of its normalisation")
+            raise InputError(f"width is {self.width}; expected a multiple of 32, the groups of its normalisation")
 
-    def network(self) -> UNetConfig:
-        return UNetConfig(width=self.width, blocks=self.blocks, dropout=self.dropout, stem=self.stem,
-                          channels=self.channels, residual_channel=self.residual_channel,
-                          conditioning=self.conditioning, residual=self.residual, shift=self.shift, scale=self.scale,
-                          zero_init=self.zero_init)
+    def network(self):
+        """The UNetConfig of this preset."""
+        from models.unet import UNetConfig  # presets are read before PyTorch is
 
-    @property
-    def deforms(self) -> bool:
-        """Whether slices are deformed before x0 = R(slice), so that x0 is made anew each time."""
-        return self.rotate > 0 or self.zoom > 0 or self.translate > 0
+        return UNetConfig(**{f.name: getattr(self, f.name) for f in fields(UNetConfig) if hasattr(self, f.name)})
 
     @property
     def focused(self) -> tuple[int, ...]:
@@ -119,12 +123,32 @@ class Preset:
 
 
 COMPUTATION = ("accumulate", "channels_last", "compile", "patience")
+LEAST = {"width": 32, "blocks": 1, "stem": 1, "images": 0, "epochs": 1, "batch": 1, "hops": 0, "save_every": 1,
+         "ema_every": 1, "val_every": 0, "val_slices": 0, "warmup": 0, "dc": 0, "lr": 0.0, "patience": 1,
+         "accumulate": 1}
+# Fields of older versions: their new names, and those that are gone with the value that meant "off".
+RENAMED = {"between": "any_view_share", "focus": "focus_share", "rollout": "estimates_by"}
+DELETED = {"combined": False, "rotate": 0.0, "zoom": 0.0, "translate": 0.0, "starts": 1}
+
+
+def of_this_version(found: dict) -> dict:
+    """`mathematics` of a run that an older version began, in today's names.
+
+    A field that is younger than the run has the value that it had by default. Raises InputError where the run used a
+    field that is gone.
+    """
+    if used := {name: found[name] for name, off in DELETED.items() if found.get(name, off) != off}:
+        raise InputError("The run was begun with " + ", ".join(f"{name} {value}" for name, value in used.items())
+                         + ", which this version no longer has; go on with the code that began it.")
+    known = {RENAMED.get(name, name): value for name, value in found.items() if name not in DELETED}
+    return Preset().mathematics() | known
+
 
 PAPER = Preset()
 TINY = replace(
     PAPER, width=32, dropout=0.0, stem=2, channels=2, residual_channel="anchored", conditioning="log-views",
-    residual=True, shift=0.1, scale=0.1, zero_init=True, images=6000, batch=2, per_sample_levels=True, focus=0.7,
-    between=0.5, epct_start=500, hops=5, jumps=0.5, update="naive", dc=8, loss="rmse", rollout="own",
+    residual=True, shift=0.1, scale=0.1, zero_init=True, images=6000, batch=2, per_sample_levels=True, focus_share=0.7,
+    any_view_share=0.5, epct_start=500, hops=5, jumps=0.5, update="naive", dc=8, loss="rmse", estimates_by="own",
     optimizer="adamw", lr=1e-3, weight_decay=1e-4, schedule="cosine", warmup=100, precision="bf16", ema=0.999,
     ema_every=1, ema_start=100, ema_dropout=False, publish="ema", val_sampler="naive", val_slices=8, val_every=1000,
     save_every=200)

@@ -1,134 +1,94 @@
-"""Samplers: pure functions (denoise, degrade, x_T, levels, callback, dc, anchored, options) -> (x0_hat, nfe).
+"""Samplers: pure functions (estimate, degrade, x_T, levels, update, options) -> x0_hat (B, 1, H, H).
 
-denoise(x_t, views): estimate of x0 from slices (B, 1, H, W) that each hold `views[i]` views' artefacts; with `anchored`
-and in `reco` there is a second channel.
-degrade: a `Degradation`. x_T: FBP of the measurement, mu (B, 1, H, W). levels: view counts, densest first; the last
-is the measurement's. dc(x0_hat, slices), if given, makes the estimates of these slices consistent with their
-measurements after every network call (models/consistency.py). The update from level t to s is the published one,
-x_s = x_t - D(x0_hat, n_t) + D(x0_hat, n_s); with dc it is x_s = D(x0_hat, n_s): a consistent estimate leaves nothing
-of the measurement to carry over, only the errors of estimates before it. callback(slices, views, x0_hat), if given,
-sees every network call: the indices of the slices in it, their view counts and estimates. anchored: the network was
-trained with the second channel of `anchored_residual`. nfe: network calls of each slice, a list. A batch gives what its
-slices alone give.
+estimate(x_t, n_t, slices): x0_hat of these slices by one network call (models/estimate.py).
+degrade: D(x, n) (models/degradation.py). x_T: FBP of the measurement, mu (B, 1, H, H). levels: view counts, densest
+first; the last is the measurement's. update(degrade, x_t, x0_hat, n_t, n_s): x_s, the next input: `shift` or, where
+estimates are consistent with the measurement, `redegrade`. A batch gives what its slices alone give.
+
+Nothing here needs PyTorch before it runs, so that a command line knows the samplers at once.
 """
 
-import torch
-
-from models.degradation import chain_levels
-from utils.metrics import headline_ssim
+from collections.abc import Callable
+from dataclasses import dataclass
 
 
-def anchored_residual(degrade, x0_hat, x_T, n_T):
-    """tanh(D(x0_hat, n_T) - x_T): where an estimate contradicts the measurement (RBG-Diff, 2026)."""
-    return torch.tanh(degrade(x0_hat, n_T) - x_T)
+def shift(degrade, x_t, x0_hat, n_t, n_s):
+    """x_s = x_t - D(x0_hat, n_t) + D(x0_hat, n_s): the published update."""
+    return degrade.shift(x_t, x0_hat, n_t, n_s)
 
 
-def _estimator(denoise, degrade, x_T, n_T, callback, dc, anchored=False):
-    """estimate(x, views, slices): R(x, t), consistent with the measurements where there is `dc`, shown to `callback`.
-
-    anchored: beside the residual of the network's last estimate of each slice, as it was before dc, which leaves little
-    of it; nothing in the first call, which has all slices.
-    """
-    last = {}
-
-    def estimate(x, views, slices):
-        if anchored and last:
-            before = torch.stack([last[i] for i in slices])
-            x = torch.cat([x, anchored_residual(degrade, before, x_T[list(slices)], [n_T] * len(x))], dim=1)
-        x0_hat = denoise(x, views)
-        last.update(zip(slices, x0_hat, strict=True))
-        if dc:
-            x0_hat = dc(x0_hat, slices)
-        if callback:
-            callback(slices, views, x0_hat)
-        return x0_hat
-
-    return estimate
+def redegrade(degrade, x_t, x0_hat, n_t, n_s):
+    """x_s = D(x0_hat, n_s): a consistent estimate leaves nothing of the measurement to carry over, only old errors."""
+    return degrade(x0_hat, n_s)
 
 
-def _next(degrade, x_t, x0_hat, n_t, n_s, naive):
-    """x_s = x_t - D(x0_hat, n_t) + D(x0_hat, n_s), or, naive, D(x0_hat, n_s)."""
-    return degrade(x0_hat, n_s) if naive else degrade.shift(x_t, x0_hat, n_t, n_s)
+def one_step(estimate, degrade, x_T, levels, update):
+    """x0_hat = R(x_T, T)."""
+    return estimate(x_T, [levels[-1]] * len(x_T))
 
 
-def one_step(denoise, degrade, x_T, levels, callback=None, dc=None, anchored=False):
-    """R(x_T, T)."""
-    B = len(x_T)
-    estimate = _estimator(denoise, degrade, x_T, levels[-1], callback, dc, anchored)
-    return estimate(x_T, [levels[-1]] * B, range(B)), [1] * B
-
-
-def sequential(denoise, degrade, x_T, levels, callback=None, dc=None, anchored=False):
-    """Every level from the measurement's to the densest."""
-    return _every_level(denoise, degrade, x_T, levels, callback, dc, anchored, naive=dc is not None)
-
-
-def naive(denoise, degrade, x_T, levels, callback=None, dc=None, anchored=False):
-    """Cold diffusion: every level, x_s = D(x0_hat, n_s). With `dc` the same as `sequential`."""
-    return _every_level(denoise, degrade, x_T, levels, callback, dc, anchored, naive=True)
-
-
-def _every_level(denoise, degrade, x_T, levels, callback, dc, anchored, naive):
-    x, B = x_T, len(x_T)
-    estimate = _estimator(denoise, degrade, x_T, levels[-1], callback, dc, anchored)
+def sequential(estimate, degrade, x_T, levels, update):
+    """Every level from the measurement's to the densest: t = T, T-1, ..., 0."""
+    x = x_T
     for t in reversed(range(len(levels))):
-        n_t = [levels[t]] * B
-        x0_hat = estimate(x, n_t, range(B))
+        n_t = [levels[t]] * len(x)
+        x0_hat = estimate(x, n_t)
         if t > 0:
-            x = _next(degrade, x, x0_hat, n_t, [levels[t - 1]] * B, naive)
-    return x0_hat, [len(levels)] * B
+            x = update(degrade, x, x0_hat, n_t, [levels[t - 1]] * len(x))
+    return x0_hat
 
 
-def reco(denoise, degrade, x_T, levels, callback=None, dc=None, anchored=False):
-    """ReCo-Diff (arXiv 2603.02691): two calls a level, the second beside what the first leaves unexplained of x_t,
-    tanh(x_t - D(x0_hat, n_t)). Every level, with one restart from the measurement after two; dc after second calls.
-    It has its own use for the second channel and none for `anchored`."""
-    x, every = x_T, range(len(x_T))
-    predict, estimate = (_estimator(denoise, degrade, x_T, levels[-1], callback, then) for then in (None, dc))
-    top = len(levels) - 1
+def naive(estimate, degrade, x_T, levels, update):
+    """Cold diffusion: every level, x_s = D(x0_hat, n_s) whatever the update."""
+    return sequential(estimate, degrade, x_T, levels, redegrade)
+
+
+def reco(estimate, degrade, x_T, levels, update):
+    """ReCo-Diff (arXiv 2603.02691): two calls a level, with one restart from the measurement after two levels.
+
+    The second call sees beside x_t what the first leaves unexplained of it, tanh(x_t - D(x0_hat, n_t)).
+    """
+    x, top = x_T, len(levels) - 1
     chain = [top, *range(top - 1, -1, -1)[:1], *reversed(range(top))]
     for i, t in enumerate(chain):
         n_t = [levels[t]] * len(x)
-        residual = torch.tanh(x - degrade(predict(x, n_t, every), n_t))
-        x0_hat = estimate(torch.cat([x, residual], dim=1), n_t, every)
+        first = estimate(x, n_t, consistent=False)
+        x0_hat = estimate(x, n_t, residual=(x - degrade(first, n_t)).tanh())
         if i + 1 < len(chain):
             if i == 1:
                 x, n_t = x_T, [levels[top]] * len(x)
-            x = _next(degrade, x, x0_hat, n_t, [levels[chain[i + 1]]] * len(x), naive=dc is not None)
-    return x0_hat, [2 * len(chain)] * len(x)
+            x = update(degrade, x, x0_hat, n_t, [levels[chain[i + 1]]] * len(x))
+    return x0_hat
 
 
-def spdps(denoise, degrade, x_T, levels, callback=None, dc=None, anchored=False, *,
-          semantic_budget=None,   # n: passes of the semantic phase; None: 2 below 72 views, 1 from there on or with dc
-          refine_steps=4,         # m: network calls of the detail phase
-          tau=0.97,               # SSIM between successive estimates at which anatomy counts as settled
-          similarity=headline_ssim):
+def spdps(estimate, degrade, x_T, levels, update, *,
+          semantic_budget: int | None = None,  # n: passes of the semantic phase; None: 2 below 72 views, else 1
+          refine_steps: int = 4,               # m: network calls of the detail phase
+          tau: float = 0.97,                   # SSIM between successive estimates at which anatomy counts as settled
+          similarity: Callable | None = None):
     """Semantic-Prioritized Dual-Phase Sampling (Chen et al., MICCAI 2025), decided slice by slice.
 
-    Semantic phase: one level denser a call; where an estimate resembles the one before (SSIM >= tau) a unit of budget
-    is used and the chain restarts from the measurement with it, or, with the budget spent, jumps to level m - 1.
-    Detail phase: levels m - 1, ..., 0. A chain that reaches level 0 unsettled ends there. With dc the jump only goes to
-    levels that are denser than the last: a level that is visited again expects more errors than are left.
+    Semantic phase: one level denser a call. Where an estimate resembles the one before (SSIM >= tau), a unit of budget
+    is used. With budget left the chain restarts from the measurement with this estimate; with none left it jumps to
+    level m - 1. Detail phase: levels m - 1, ..., 0. A chain that reaches level 0 unsettled ends there.
+    With `redegrade` it neither restarts nor jumps back: when a chain returns to a level, the network expects stronger
+    artefacts than remain (docs/results.md, "Data consistency"). Without a given budget n is 1 then.
+    similarity(a, b): of two batches of estimates, (b,); None: SSIM in the headline window.
     """
-    top = len(levels) - 1
+    from utils.metrics import headline_ssim
+
+    similarity = similarity or headline_ssim
+    top, returns = len(levels) - 1, update is not redegrade
     last_jump = min(refine_steps, top + 1) - 1
-    x, out, previous = x_T.clone(), torch.empty_like(x_T), torch.empty_like(x_T)
-    level, nfe, compare, refining = ([value] * len(x) for value in (top, 0, False, False))
-    # With dc a restart gains nothing (README, "Data consistency").
-    budget = [semantic_budget or (2 if levels[-1] < 72 and dc is None else 1)] * len(x)
-    estimate = _estimator(denoise, degrade, x_T, levels[-1], callback, dc, anchored)
+    x, out, previous = x_T.clone(), x_T.clone(), x_T.clone()
+    level, compare, refining = ([value] * len(x) for value in (top, False, False))
+    budget = [semantic_budget or (2 if levels[-1] < 72 and returns else 1)] * len(x)
     active = list(range(len(x)))
     while active:
-        views = [levels[level[i]] for i in active]
-        x0_hat = estimate(x[active], views, active)
-        compared = [j for j, i in enumerate(active) if compare[i]]
-        settled = dict.fromkeys(range(len(active)), False)
-        if compared:
-            alike = similarity(x0_hat[compared], previous[[active[j] for j in compared]])
-            settled.update(zip(compared, (alike >= tau).tolist(), strict=True))
+        x0_hat = estimate(x[active], [levels[level[i]] for i in active], active)
+        settled = _settled(x0_hat, previous, active, compare, similarity, tau)
         moves = []  # (slice, its place in x0_hat, level from, level to)
         for j, i in enumerate(active):
-            nfe[i] += 1
             t, s = level[i], level[i] - 1
             if not refining[i]:
                 compare[i] = not settled[j]
@@ -136,7 +96,7 @@ def spdps(denoise, degrade, x_T, levels, callback=None, dc=None, anchored=False,
                 if settled[j] and budget[i] > 0:
                     x[i], t, s = x_T[i], top, top - 1
                 elif settled[j]:
-                    refining[i], compare[i], s = True, False, last_jump if dc is None else min(last_jump, t - 1)
+                    refining[i], compare[i], s = True, False, last_jump if returns else min(last_jump, t - 1)
                 previous[i] = x0_hat[j]
             if s >= 0:
                 moves.append((i, j, t, s))
@@ -146,13 +106,33 @@ def spdps(denoise, degrade, x_T, levels, callback=None, dc=None, anchored=False,
         active = [i for i, *_ in moves]
         if moves:
             _, estimates, n_t, n_s = zip(*((i, j, levels[t], levels[s]) for i, j, t, s in moves), strict=True)
-            x[active] = _next(degrade, x[active], x0_hat[list(estimates)], n_t, n_s, naive=dc is not None)
-    return out, nfe
+            x[active] = update(degrade, x[active], x0_hat[list(estimates)], n_t, n_s)
+    return out
 
 
-def chain_of(network, n_views, dc):
-    """Options of the samplers for a network (a UNetConfig), a measurement and iterations of data consistency."""
-    return {"levels": chain_levels(n_views, network.conditioning, dc), "anchored": network.anchored}
+def _settled(x0_hat, previous, active, compare, similarity, tau) -> list[bool]:
+    """Whether each active slice resembles its previous estimate; False where there is none to compare with."""
+    settled, compared = [False] * len(active), [j for j, i in enumerate(active) if compare[i]]
+    if compared:
+        ssim_to_previous = similarity(x0_hat[compared], previous[[active[j] for j in compared]])
+        for j, resembles in zip(compared, (ssim_to_previous >= tau).tolist(), strict=True):
+            settled[j] = resembles
+    return settled
 
 
-SAMPLERS = {"one-step": one_step, "sequential": sequential, "naive": naive, "reco": reco, "spdps": spdps}
+@dataclass(frozen=True)
+class Sampler:
+    """A sampler as scripts and figures know it: nothing else has to be told of a new one."""
+
+    label: str              # in figures
+    run: Callable           # the pure function
+    two_pass: bool = False  # needs a network with ReCo-Diff's residual channel
+
+
+SAMPLERS = {
+    "one-step": Sampler("One step", one_step),
+    "sequential": Sampler("Sequential", sequential),
+    "naive": Sampler("Cold diffusion", naive),
+    "reco": Sampler("ReCo", reco, two_pass=True),
+    "spdps": Sampler("SPDPS", spdps),
+}

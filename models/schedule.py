@@ -10,20 +10,15 @@ from models.presets import Preset
 
 def inputs_of(preset: Preset, step: int) -> int:
     """Inputs made of each slice of a batch that starts after `step` optimizer steps: x_T, and one a hop once these
-    have begun."""
+    have begun. Each is an optimizer step."""
     return 1 + preset.hops * (step + 1 > preset.epct_start)
-
-
-def steps_of(preset: Preset, step: int) -> int:
-    """Optimizer steps of a batch that starts after `step` of them: one an input, or one on all of them."""
-    return 1 if preset.combined else inputs_of(preset, step)
 
 
 def forward_calls(preset: Preset, inputs: int) -> int:
     """Cost of a slice's `inputs` in forward calls: a backward call costs two, the EMA's estimate and the first pass
     that fills a residual channel one each."""
     two = preset.channels == 2 and preset.residual_channel == "two-pass"
-    return inputs * (3 + two) + (inputs - 1) * (1 + two) * (preset.rollout == "ema")
+    return inputs * (3 + two) + (inputs - 1) * (1 + two) * (preset.estimates_by == "ema")
 
 
 def budget(preset: Preset, count: int) -> tuple[int, int, int]:
@@ -31,7 +26,7 @@ def budget(preset: Preset, count: int) -> tuple[int, int, int]:
     images, step, calls = preset.images or preset.epochs * count, 0, 0
     for first, last in batches(count, preset.batch, images):
         calls += (last - first) * forward_calls(preset, inputs_of(preset, step))
-        step += steps_of(preset, step)
+        step += inputs_of(preset, step)
     return images, step, calls
 
 

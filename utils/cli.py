@@ -3,6 +3,7 @@
 import argparse
 import functools
 import math
+import re
 import sys
 from dataclasses import fields
 from typing import Literal, get_args, get_origin, get_type_hints
@@ -20,13 +21,22 @@ def script(main):
         try:
             return main(argv)
         except CvGDiffError as error:
-            print(error, file=sys.stderr)
+            sentence = f"{str(error).rstrip('.')}."
+            if error.status == 1:
+                sys.exit(sentence)
+            print(sentence, file=sys.stderr)
             sys.exit(error.status)
         except KeyboardInterrupt:
             print("Stopped by Ctrl-C. What is written is whole; the same command goes on.", file=sys.stderr)
             sys.exit(130)
 
     return run
+
+
+def _device(text: str) -> str:
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", text):
+        raise argparse.ArgumentTypeError(f"{text} cannot be used: expected cpu or cuda")
+    return text
 
 
 class _Formatter(argparse.RawDescriptionHelpFormatter):
@@ -47,6 +57,10 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str):
         self.exit(2, f"{self.prog}: {message.rstrip('.')}. All flags: {self.prog} --help\n")
+
+    def add_device(self) -> None:
+        """The flag --device, whose text is checked here and whose hardware by utils.device."""
+        self.add_argument("--device", type=_device, help="cpu or cuda (default: cuda where there is a GPU)")
 
     def at_least(self, args: argparse.Namespace, least: dict[str, float]) -> None:
         """Ends with a sentence where a number that was given is smaller than `least` says, or not finite."""

@@ -1,21 +1,19 @@
 """Which device computes, in what precision it pays, its peak and its memory."""
 
 import resource
-import sys
 from contextlib import contextmanager
 
 import torch
 
-
-def default_device() -> str:
-    return "cuda" if torch.cuda.is_available() else "cpu"
+from utils.errors import InputError, Stopped
 
 
-def check_device(device: str) -> None:
-    """Raises ValueError with a sentence where `device` cannot be used here."""
-    if device != "cpu" and not (device.split(":")[0] == "cuda" and torch.cuda.is_available()):
-        raise ValueError(f"--device {device} cannot be used: expected cpu"
-                         + (" or cuda" if torch.cuda.is_available() else "; PyTorch finds no CUDA GPU here"))
+def chosen_device(device: str | None) -> str:
+    """The device, or for None a GPU if there is one. Raises InputError where it cannot be used here."""
+    there = torch.cuda.is_available()
+    if device is not None and device != "cpu" and not there:
+        raise InputError(f"--device {device} cannot be used: expected cpu; PyTorch finds no CUDA GPU here.")
+    return device or ("cuda" if there else "cpu")
 
 
 def bf16_pays(device: str) -> bool:
@@ -30,10 +28,16 @@ PEAKS = {"B200": 2250e12, "H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "
          "A10": 125e12, "RTX 5090": 210e12, "RTX 4090": 165e12, "RTX 3090": 71e12}
 
 
-def peak(device: str) -> float | None:
+def peak_flops(device: str) -> float | None:
     """bf16 FLOP/s that model FLOPs utilisation is measured against, or None for a device not in the table."""
     name = torch.cuda.get_device_name(device) if torch.device(device).type == "cuda" else ""
     return next((flops for part, flops in PEAKS.items() if part in name), None)
+
+
+def synchronize(device: str) -> None:
+    """Wait for what a GPU is still doing, before time is measured."""
+    if torch.device(device).type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 def memory(device: str) -> float:
@@ -43,14 +47,14 @@ def memory(device: str) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
-def forget_peak(device: str) -> None:
+def reset_peak_memory(device: str) -> None:
     """Start the measurement of `peak_memory` anew where that can be done, on a GPU."""
     if torch.device(device).type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
 
 
 def peak_memory(device: str) -> float:
-    """Most memory that tensors took since `forget_peak`, GiB; where the CPU computes, this process's peak so far."""
+    """Most memory that tensors took since `reset_peak_memory`, GiB; on a CPU, this process's peak so far."""
     return torch.cuda.max_memory_allocated(device) / 2**30 if torch.device(device).type == "cuda" else memory(device)
 
 
@@ -63,14 +67,15 @@ def memory_advice(batch: int, processes: int, accumulate: int):
         share = -(-batch // processes)
         part = -(-share // accumulate)
         if part == 1:
-            sys.exit("Out of GPU memory with one slice at a time: take a smaller --width, a --stem of 2 or "
-                     "a larger GPU.")
-        sys.exit(f"Out of GPU memory with {part} slices at a time. Repeat the command with --accumulate "
-                 f"{-(-share // (part // 2))}: {part // 2} at a time, --batch {batch} as it is and so the same result; "
-                 f"or, for another result, in a new folder, with --batch {max(1, batch // 2)}.")
+            raise Stopped("Out of GPU memory with one slice at a time: take a smaller --width, a --stem of 2 or a "
+                          "larger GPU.") from None
+        raise Stopped(
+            f"Out of GPU memory with {part} slices at a time. Repeat the command with --accumulate "
+            f"{-(-share // (part // 2))}: {part // 2} at a time, --batch {batch} as it is and so the same result; or, "
+            f"for another result, in a new folder, with --batch {max(1, batch // 2)}.") from None
 
 
-def compiled(model, *example):
+def try_compile(model, *example):
     """torch.compile(model), tried out on an example; the model itself, with a sentence, where that does not work."""
     try:
         faster = torch.compile(model)

@@ -55,7 +55,7 @@ def shares(first: int, last: int, rank: int, processes: int, parts: int) -> tupl
     return [mine[i:i + size] for i in range(0, len(mine), size)], weight
 
 
-def exchange(model, last: bool):
+def sync_gradients(model, last: bool):
     """Context of a forward and backward call: the processes exchange gradients in the last one of a step only."""
     return contextlib.nullcontext() if last or not dist.is_initialized() else model.no_sync()
 

@@ -6,22 +6,18 @@ import matplotlib
 import torch
 
 from utils.files import atomic
-from utils.metrics import measure
+from utils.metrics import score
 from utils.units import WINDOWS, mu_to_hu
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402 (the backend is chosen first)
 
-LABELS = {"fbp": "FBP", "fbp-fdk": "FBP (FDK weights)", "sirt": "SIRT", "tv": "TV", "one-step": "One step",
-          "sequential": "Sequential", "naive": "Cold diffusion",
-          "reco": "ReCo", "spdps": "SPDPS"}
-
 
 def comparison(path: Path, x0: torch.Tensor, images: dict[str, torch.Tensor], title: str,
                width: float = 1500, centre: float = -100, error: float = 200) -> None:
-    """Truth and reconstructions (1, 1, H, W, mu) above a zoomed region and their error maps, written as PNG.
+    """Truth and reconstructions (1, 1, H, H, mu) above a zoomed region and their error maps, written as PNG.
 
-    width, centre: display window in HU; error: HU at the ends of the error maps' colours.
+    images: {label: image}; width, centre: display window in HU; error: HU at the ends of the error maps' colours.
     """
     figure, axes = plt.subplots(3, 1 + len(images), figsize=(2.6 * (1 + len(images)), 8.2), layout="constrained",
                                 squeeze=False)
@@ -34,10 +30,10 @@ def comparison(path: Path, x0: torch.Tensor, images: dict[str, torch.Tensor], ti
                                        rows.stop - rows.start, fill=False, edgecolor="yellow"))
     axes[0, 0].set_title("Truth (720 views)")
     axes[1, 0].imshow(truth[region], **grey)
-    for column, (method, image) in zip(axes.T[1:], images.items(), strict=True):
-        psnr, hu = measure(image, x0, *WINDOWS[0])["psnr"].item(), mu_to_hu(image[0, 0].cpu()).numpy()
+    for column, (label, image) in zip(axes.T[1:], images.items(), strict=True):
+        psnr, hu = score(image, x0, *WINDOWS[0])["psnr"].item(), mu_to_hu(image[0, 0].cpu()).numpy()
         column[0].imshow(hu, **grey)
-        column[0].set_title(f"{LABELS[method]}: {psnr:.1f} dB")
+        column[0].set_title(f"{label}: {psnr:.1f} dB")
         column[1].imshow(hu[region], **grey)
         shown = column[2].imshow(hu - truth, cmap="RdBu_r", vmin=-error, vmax=error)
     figure.colorbar(shown, ax=axes[2, 0], location="right", label="error, HU", shrink=0.8)
@@ -57,7 +53,7 @@ def detail(image: torch.Tensor) -> tuple[slice, slice]:
 
 def curves(path: Path, series: dict[str, list[tuple[float, float]]], xlabel: str, title: str, log: bool = False,
            joined: bool = True) -> None:
-    """PSNR against something: a marked line for each name's (x, dB) pairs, written as PNG.
+    """PSNR against something: a marked line for each label's (x, dB) pairs, written as PNG.
 
     log: logarithmic x; joined: points in a line.
     """
@@ -69,7 +65,7 @@ def curves(path: Path, series: dict[str, list[tuple[float, float]]], xlabel: str
 def draw_curves(axis, series, xlabel: str, title: str, log: bool = False, joined: bool = True) -> None:
     """What `curves` shows, on an axis of a figure."""
     for name, points in series.items():
-        axis.plot(*zip(*points, strict=True), "o-" if joined else "o", label=LABELS.get(name, name))
+        axis.plot(*zip(*points, strict=True), "o-" if joined else "o", label=name)
     if log:
         ticks = sorted({x for points in series.values() for x, _ in points})
         axis.set_xscale("log")

@@ -4,44 +4,32 @@ Every process appends to a part file of its own, part-RANK.csv; `open_results` m
 """
 
 import csv
-import json
-import sys
 from pathlib import Path
 
-from utils.files import atomic
+from utils.files import write_table
+from utils.metrics import METRICS
+from utils.run_folder import claim
 
-COLUMNS = ("file", "patient", "method", "views", "width", "centre", "psnr", "ssim", "rmse_hu", "vif", "nfe",
-           "seconds_per_slice", "peak_gib")
+COLUMNS = ("file", "patient", "method", "views", "width", "centre", *METRICS, "nfe", "seconds_per_slice", "peak_gib")
 
 
 def open_results(out: Path, run: dict) -> dict[tuple, list[dict]]:
     """Rows already in the folder `out`, one a window of `run`, by (file, method, views).
 
-    run: the configuration, JSON values. Exits with a sentence where the folder holds something else.
+    run: the configuration, JSON values. Raises RunFolderError where the folder holds something else.
     """
-    described = out / "run.json"
-    run = json.loads(json.dumps(run))
-    if out.is_dir() and any(out.iterdir()):
-        if not described.is_file():
-            sys.exit(f"{out} is not empty and holds no results of test.py; give --out a new or empty folder.")
-        before = json.loads(described.read_text())
-        if before != run:
-            wrong = ", ".join(k for k in {**run, **before} if before.get(k) != run.get(k))
-            sys.exit(f"{out} holds results of another {wrong}; give --out a new folder, or the same options to resume.")
-    out.mkdir(parents=True, exist_ok=True)
-    with atomic(described) as partial:
-        partial.write_text(json.dumps(run, indent=1))
+    claim(out, run, "run of test.py")
     done, parts = {}, sorted(out.glob("part-*.csv"))
     for table in (out / "results.csv", *parts):
         if table.is_file():
             found = {}
-            with open(table, newline="") as file:
+            with open(table, newline="", encoding="utf-8") as file:
                 for row in csv.DictReader(file, COLUMNS):
                     if row["file"] != "file" and row["peak_gib"]:  # a killed run may leave half a line
                         found.setdefault((row["file"], row["method"], int(row["views"])), []).append(row)
             done.update({key: rows for key, rows in found.items() if len(rows) == len(run["windows"])})
     if parts:
-        write_csv(out / "results.csv", [row for rows in done.values() for row in rows])
+        write_rows(out / "results.csv", [row for rows in done.values() for row in rows])
         for part in parts:
             part.unlink()
     return done
@@ -49,31 +37,29 @@ def open_results(out: Path, run: dict) -> dict[tuple, list[dict]]:
 
 def append(out: Path, rank: int, rows: list[dict]) -> None:
     """Add rows to the part file of a process."""
-    with open(out / f"part-{rank}.csv", "a", newline="") as file:
+    with open(out / f"part-{rank}.csv", "a", newline="", encoding="utf-8") as file:
         csv.DictWriter(file, COLUMNS).writerows(rows)
 
 
-def write_csv(path: Path, rows: list[dict]) -> None:
-    with atomic(path) as partial, open(partial, "w", newline="") as file:
-        writer = csv.DictWriter(file, rows[0] if rows else COLUMNS)
-        writer.writeheader()
-        writer.writerows(rows)
+def write_rows(path: Path, rows: list[dict]) -> None:
+    """Write a CSV file of rows that share their keys."""
+    header = list(rows[0]) if rows else COLUMNS
+    write_table(path, header, ([row[key] for key in header] for row in rows))
 
 
 def table(summary: list[dict], notes: list[str]) -> str:
     """Markdown: a table a window of means over slices, PSNR with its 95 % interval by slice, and notes below."""
-    lines = []
+    lines, columns = [], ["views", "method", *(f"{m.label} {m.unit}" for m in METRICS.values()), "calls", "s/slice"]
+    columns[2] += " [95 %]"
     for window in dict.fromkeys(tuple(row["window"]) for row in summary):
-        lines += [f"W{window[0]}/L{window[1]}", "",
-                  "| views | method | PSNR dB [95 %] | SSIM x100 | RMSE HU | VIF x100 | calls | s/slice |",
-                  "|" + "---|" * 8]
-        for r in summary:
-            if tuple(r["window"]) == window:
-                ci = r["psnr_ci_slices"]
-                lines.append(
-                    f"| {r['views']} | {r['method']} | {r['psnr']:.2f}" + (f" [{ci[0]:.2f}, {ci[1]:.2f}]" if ci else "")
-                    + f" | {100 * r['ssim']:.2f} | {r['rmse_hu']:.1f} | "
-                    + ("-" if r["vif"] is None else f"{100 * r['vif']:.2f}")
-                    + f" | {r['nfe']:.1f} | {r['seconds_per_slice']:.2f} |")
+        lines += [f"W{window[0]}/L{window[1]}", "", f"| {' | '.join(columns)} |", "|" + "---|" * len(columns)]
+        for row in summary:
+            if tuple(row["window"]) == window:
+                cells = ["-" if row[name] is None else f"{m.scale * row[name]:.{m.digits}f}"
+                         for name, m in METRICS.items()]
+                if interval := row["psnr_ci_slices"]:
+                    cells[0] += f" [{interval[0]:.2f}, {interval[1]:.2f}]"
+                cells = [row["views"], row["method"], *cells, f"{row['nfe']:.1f}", f"{row['seconds_per_slice']:.2f}"]
+                lines.append(f"| {' | '.join(map(str, cells))} |")
         lines.append("")
     return "\n".join(lines + notes)

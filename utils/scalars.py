@@ -9,14 +9,13 @@ from typing import NamedTuple
 
 import torch
 
-from utils.files import atomic
-from utils.state import full_disk
+from utils.files import atomic, full_disk
 
 
 def read_lines(path: Path) -> list[dict]:
     """The whole lines of a metrics.jsonl; a killed run may leave half a line at the end."""
     found = []
-    for line in path.read_text().splitlines() if path.is_file() else []:
+    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
         try:
             found.append(json.loads(line))
         except ValueError:
@@ -47,7 +46,7 @@ class Scalars:
             return
         kept = [line for line in read_lines(self.lines) if line["images"] <= seen]
         with atomic(self.lines) as partial:
-            partial.write_text("".join(json.dumps(line) + "\n" for line in kept))
+            partial.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
         try:
             from torch.utils.tensorboard import SummaryWriter
             self.board = SummaryWriter(str(out), purge_step=seen + 1)
@@ -84,7 +83,7 @@ class Scalars:
         """Write values, and a picture (1, H, W) in [0, 1], at `seen` images."""
         if not self.writes:
             return
-        with full_disk(self.lines.parent), open(self.lines, "a") as file:
+        with full_disk(self.lines.parent), open(self.lines, "a", encoding="utf-8") as file:
             file.write(json.dumps({"images": seen, **values}) + "\n")
         if self.board:
             for name, value in values.items():

@@ -5,7 +5,8 @@ from itertools import combinations
 import numpy as np
 from scipy.stats import wilcoxon
 
-METRICS = ("psnr", "ssim", "rmse_hu", "vif")
+from utils.metrics import METRICS
+from utils.units import number
 
 
 def interval(values: np.ndarray, groups: list, seed: int = 0, draws: int = 2000) -> list[float] | None:
@@ -47,9 +48,9 @@ def summarize(done: dict[tuple, list[dict]], patients: list[str], methods, views
                 mean = {k: None if np.isnan(v.mean()) else float(v.mean()) for k, v in value.items()}
                 summary.append({"method": method, "views": n,
                                 "window": [number(rows[0][k]) for k in ("width", "centre")],
-                                **{k: mean[k] for k in ("psnr", "ssim", "rmse_hu", "nfe", "seconds_per_slice")},
+                                **{k: mean[k] for k in (*METRICS, "nfe", "seconds_per_slice")},
                                 "peak_gib": float(value["peak_gib"].max()), "slices": len(rows),
-                                "patients": len(set(patients)), "vif": mean["vif"]})
+                                "patients": len(set(patients))})
                 for k in METRICS:
                     if mean[k] is not None:
                         summary[-1][f"{k}_std"] = float(value[k].std(ddof=1)) if len(rows) > 1 else None
@@ -73,9 +74,3 @@ def compare(done: dict[tuple, list[dict]], methods, views, metric: str = "psnr")
     for row, p in zip(rows, holm([row["p_wilcoxon"] for row in rows]), strict=True):
         row["p_holm"] = p
     return rows
-
-
-def number(text: str) -> int | float:
-    """The number that a text says, whole ones as integers."""
-    value = float(text)
-    return int(value) if value.is_integer() else value

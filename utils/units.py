@@ -31,3 +31,9 @@ def pixel_cm(size: int) -> float:
 def window(mu: torch.Tensor, width: float, centre: float) -> torch.Tensor:
     """mu -> [0, 1], clipped to the HU window."""
     return ((mu_to_hu(mu) - (centre - width / 2)) / width).clamp(0, 1)
+
+
+def number(text: str) -> int | float:
+    """The number that a text says, whole ones as integers."""
+    value = float(text)
+    return int(value) if value.is_integer() else value

@@ -1,16 +1,9 @@
-"""Draw the curves of a training run to OUT/curves.png: `python -m utils.plot_run OUT`."""
+"""Draw the curves of a training run to OUT/curves.png: `python -m fig.plot_run OUT`."""
 
-import argparse
-import sys
 from pathlib import Path
 
-import matplotlib
-
-from utils.files import atomic
-from utils.scalars import read_lines
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402 (the backend is chosen first)
+from utils.cli import Parser, script
+from utils.errors import InputError
 
 PANELS = {"Loss": ("loss/", "log"), "PSNR, dB": ("/psnr", "linear"), "SSIM": ("/ssim", "linear"),
           "Gradient norm": ("gradient_norm", "log"), "Learning rate": ("lr", "linear"),
@@ -29,13 +22,17 @@ def curves(lines: list[dict], part: str) -> dict[str, tuple[list, list]]:
     return found
 
 
+@script
 def main(argv=None) -> None:
-    parser = argparse.ArgumentParser("python -m utils.plot_run", description=__doc__)
+    parser = Parser("python -m fig.plot_run", __doc__)
     parser.add_argument("out", type=Path, help="folder of a run of train.py")
     out = parser.parse_args(argv).out
+    from utils.figures import plt, write
+    from utils.scalars import read_lines
+
     lines = read_lines(out / "metrics.jsonl")
     if not lines:
-        sys.exit(f"{out} holds no metrics.jsonl with values; expected the --out folder of a run of train.py.")
+        raise InputError(f"{out} holds no metrics.jsonl with values; expected the --out folder of a run of train.py.")
     figure, axes = plt.subplots(2, 3, figsize=(15, 8), layout="constrained")
     for axis, (title, (part, scale)) in zip(axes.flat, PANELS.items(), strict=True):
         found = curves(lines, part)
@@ -45,9 +42,7 @@ def main(argv=None) -> None:
         axis.grid(alpha=0.3)
         if len(found) > 1:
             axis.legend(fontsize=7)
-    with atomic(out / "curves.png") as partial:
-        figure.savefig(partial, dpi=110, format="png")
-    plt.close(figure)
+    write(figure, out / "curves.png")
     print(f"{out / 'curves.png'} shows {len(lines)} lines of metrics.jsonl, to {lines[-1]['images']} images.")
 
 

@@ -1,18 +1,18 @@
 """A checkpoint of the published CvG-Diff code as a safetensors file of ours, or one of ours in half the bytes.
 
-    python -m utils.convert IN.pkl OUT.safetensors               # IN: anything that test.py --checkpoint takes
-    python -m utils.convert IN.safetensors OUT.safetensors --half
+    python -m models.convert IN.pkl OUT.safetensors               # IN: anything that test.py --checkpoint takes
+    python -m models.convert IN.safetensors OUT.safetensors --half
 """
 
-import argparse
 from pathlib import Path
 
-from models.checkpoint import find_checkpoint, load_checkpoint, save_checkpoint
+from models.weights import find_checkpoint
+from utils.cli import Parser, script
 
 
+@script
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-                                     allow_abbrev=False)
+    parser = Parser("python -m models.convert", __doc__)
     parser.add_argument("source", metavar="IN", help="a file, a known name or hf://owner/repository/file")
     parser.add_argument("target", metavar="OUT", type=Path, help="a .safetensors file that does not exist yet")
     parser.add_argument("--half", action="store_true", help="store float16, which the shipped weights do not notice")
@@ -22,6 +22,8 @@ def main(argv=None):
     if args.target.exists():
         parser.error(f"{args.target} exists; give another name or remove it")
     source = find_checkpoint(args.source)
+    from models.checkpoint import load_checkpoint, save_checkpoint  # needs PyTorch, which takes two seconds
+
     network, header = load_checkpoint(source)
     args.target.parent.mkdir(parents=True, exist_ok=True)
     state = {name: value.half() if args.half else value for name, value in network.state_dict().items()}

@@ -1,6 +1,12 @@
-"""A real scanner in mm and degrees, and its only conversion to the projector's pixels.
+"""Scanners: the published one in pixels, and any real one in mm and degrees.
 
-With p = field_of_view_mm / size, the side of a pixel in mm, the projector (torch-radon_fix/README.md, "Equations") gets
+Both say where views lie and make projectors, and nothing else: `theta(n)`, the projector's angles of n views in
+radians; `shares(n)`, the share of the rotation that each stands for, times n, None where all have the same;
+`projector(size, theta)` of torch_radon; `size_of(bins)`, the pixels of a side whose sinogram has so many bins; and
+`from_zero()`, the scanner that ground truths are made with.
+
+A real scanner's only conversion to pixels: with p = field_of_view_mm / size, the side of a pixel in mm, the projector
+(torch-radon_fix/README.md, "Equations") gets
 
     S = source_distance_mm / p          D = detector_distance_mm / p
     du = detector_pitch_mm / p          det_offset = detector_offset_mm / p
@@ -25,10 +31,52 @@ import numpy as np
 import torch
 from torch_radon import Radon, RadonFanbeam
 
+from utils.errors import InputError
 from utils.units import MU_WATER
+
+PUBLISHED = {"size": 256, "source_distance": 1075, "det_distance": 1075, "det_count": 672, "det_spacing": 2}  # pixels
 
 CHOICES = {"beam": ("fan", "parallel"), "detector_shape": ("flat", "curved"), "direction": ("ccw", "cw"),
            "flip_image": ("none", "left-right", "up-down")}
+
+
+@dataclass(frozen=True)
+class PublishedScanner:
+    """CvG-Diff's fan beam with n equally spaced views. Other sizes than 256 keep the field of view."""
+
+    start: float = 0.0  # angle of the first view, radians
+
+    def theta(self, n_views: int) -> tuple[float, ...]:
+        """start + 2 pi a/n, a = 0..n-1."""
+        return _equal_angles(n_views, self.start)
+
+    def shares(self, n_views: int) -> None:
+        """None: every view counts the same."""
+
+    def projector(self, size: int, theta: tuple[float, ...], weights: str = "published") -> RadonFanbeam:
+        """S = D = 1075 f, 672 f bins (an even number) 2 pixels apart, f = size/256."""
+        return _published_projector(size, theta, weights)
+
+    def size_of(self, bins: int) -> int:
+        """Pixels of a side whose sinogram has so many bins."""
+        return bins * PUBLISHED["size"] // PUBLISHED["det_count"]
+
+    def from_zero(self) -> "PublishedScanner":
+        """The scanner with its first view at angle 0."""
+        return PublishedScanner()
+
+
+@lru_cache(maxsize=512)
+def _equal_angles(n_views: int, start: float) -> tuple[float, ...]:
+    return tuple((start + 2 * np.pi * np.arange(n_views) / n_views).tolist())
+
+
+@lru_cache(maxsize=512)  # more than any view count makes of levels
+def _published_projector(size: int, theta: tuple[float, ...], weights: str) -> RadonFanbeam:
+    f = size / PUBLISHED["size"]
+    bins = 2 * math.ceil(PUBLISHED["det_count"] * f / 2)
+    return RadonFanbeam(size, theta, PUBLISHED["source_distance"] * f, PUBLISHED["det_distance"] * f, bins,
+                        float(PUBLISHED["det_spacing"]), weights=weights)
 
 
 @dataclass(frozen=True)
@@ -61,10 +109,30 @@ class Scanner:
         """Degrees after which the lines repeat: a rotation, or half of one for a parallel beam."""
         return 360.0 if self.beam == "fan" else 180.0
 
+    def theta(self, n_views: int) -> tuple[float, ...]:
+        """Its own angles where n_views are as many, else those of `resampled`."""
+        return _views(self, n_views)[0]
+
+    def shares(self, n_views: int) -> tuple[float, ...]:
+        """`view_weights` of the same views."""
+        return _views(self, n_views)[1]
+
+    def projector(self, size: int, theta: tuple[float, ...], weights: str = "fdk") -> Radon | RadonFanbeam:
+        """The scan of a size x size image in pixels. The detector is flat: see `to_pixels`."""
+        return _projector(self, size, theta, weights)
+
+    def size_of(self, bins: int) -> int:
+        """The scanner's own size, whatever the bins."""
+        return self.size
+
+    def from_zero(self) -> "Scanner":
+        """The scanner itself."""
+        return self
+
     def thinned(self, n_views: int) -> tuple["Scanner", np.ndarray]:
         """The scan of `n_views` of the views, spread evenly, and their indices."""
         if not 1 <= n_views <= len(self.angles):
-            raise ValueError(f"--views {n_views}: the sinogram holds {len(self.angles)} views; expected at most these")
+            raise InputError(f"--views {n_views}: the sinogram holds {len(self.angles)} views; expected at most these.")
         chosen = np.arange(n_views) * len(self.angles) // n_views
         return replace(self, angles=tuple(self.angles[i] for i in chosen)), chosen
 
@@ -80,7 +148,7 @@ class Scanner:
 
 
 def read_geometry(path: str | Path) -> dict:
-    """Fields of a geometry file, JSON or YAML, unchecked. Raises ValueError with a sentence."""
+    """Fields of a geometry file, JSON or YAML, unchecked. Raises InputError with a sentence."""
     try:
         text = Path(path).read_text()
         if str(path).lower().endswith((".yaml", ".yml")):
@@ -90,44 +158,44 @@ def read_geometry(path: str | Path) -> dict:
         else:
             found = json.loads(text)
     except (OSError, ValueError) as error:
-        raise ValueError(f"The geometry {path} cannot be read ({error}); expected JSON, or YAML named .yaml") from None
+        raise InputError(f"The geometry {path} cannot be read ({error}); expected JSON, or YAML named .yaml") from None
     except Exception as error:  # PyYAML's errors have no common base among the built-in ones
-        raise ValueError(f"The geometry {path} is not valid YAML ({type(error).__name__})") from None
+        raise InputError(f"The geometry {path} is not valid YAML ({type(error).__name__})") from None
     if not isinstance(found, dict):
-        raise ValueError(f"The geometry {path} holds a {type(found).__name__}; expected fields and their values")
+        raise InputError(f"The geometry {path} holds a {type(found).__name__}; expected fields and their values")
     return found
 
 
 def make_scanner(found: dict) -> Scanner:
-    """A Scanner from fields as a file holds them. Raises ValueError with a sentence for what is missing or absurd."""
+    """A Scanner from fields as a file holds them. Raises InputError with a sentence for what is missing or absurd."""
     known = {field.name: field for field in fields(Scanner)}
     if unknown := sorted(map(str, set(found) - set(known))):
-        raise ValueError(f"The geometry has unknown fields {', '.join(unknown)}; expected some of {', '.join(known)}")
+        raise InputError(f"The geometry has unknown fields {', '.join(unknown)}; expected some of {', '.join(known)}")
     needed = [name for name, field in known.items() if field.default is MISSING]
     if found.get("beam", "fan") == "fan":
         needed += ["source_distance_mm", "detector_distance_mm"]
     if missing := [name for name in needed if name not in found]:
-        raise ValueError(f"The geometry lacks {', '.join(missing)}")
+        raise InputError(f"The geometry lacks {', '.join(missing)}")
     values = {name: _checked(name, value, known[name].type) for name, value in found.items() if name != "angles"}
     scanner = Scanner(angles=_angles(found["angles"]), **values)
     for name in ("detector_count", "detector_pitch_mm", "field_of_view_mm", "size", "water_per_cm", "slice_spacing_mm"):
         if getattr(scanner, name) <= 0:
-            raise ValueError(f"The geometry's {name} is {getattr(scanner, name)}; expected more than 0")
+            raise InputError(f"The geometry's {name} is {getattr(scanner, name)}; expected more than 0")
     if scanner.beam == "fan" and scanner.source_distance_mm <= scanner.field_of_view_mm / math.sqrt(2):
-        raise ValueError(f"The geometry's source_distance_mm {scanner.source_distance_mm:g} lies inside the image, "
+        raise InputError(f"The geometry's source_distance_mm {scanner.source_distance_mm:g} lies inside the image, "
                          f"whose corners are {scanner.field_of_view_mm / math.sqrt(2):.0f} mm from the axis")
     if scanner.detector_distance_mm < 0 or (scanner.beam == "parallel" and scanner.detector_shape == "curved"):
-        raise ValueError("The geometry has a detector_distance_mm below 0, or a curved detector in a parallel beam")
+        raise InputError("The geometry has a detector_distance_mm below 0, or a curved detector in a parallel beam")
     view_weights(scanner)
     return scanner
 
 
 def _checked(name, value, kind):
     if name in CHOICES and value not in CHOICES[name]:
-        raise ValueError(f"The geometry's {name} is {value!r}; expected {' or '.join(CHOICES[name])}")
+        raise InputError(f"The geometry's {name} is {value!r}; expected {' or '.join(CHOICES[name])}")
     number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
     if not (isinstance(value, kind) if kind in (bool, str) else number and (kind is float or value == int(value))):
-        raise ValueError(f"The geometry's {name} is {value!r}; expected "
+        raise InputError(f"The geometry's {name} is {value!r}; expected "
                          f"{ {bool: 'true or false', int: 'a whole number', float: 'a finite number'}[kind]}")
     return kind(value)
 
@@ -135,25 +203,25 @@ def _checked(name, value, kind):
 def _angles(found) -> tuple[float, ...]:
     if isinstance(found, dict):
         if set(found) != {"start", "step", "count"}:
-            raise ValueError(f"The geometry's angles hold {', '.join(map(str, found))}; expected start, step and count")
+            raise InputError(f"The geometry's angles hold {', '.join(map(str, found))}; expected start, step and count")
         count = _checked("angles.count", found["count"], int)
         start, step = (_checked(f"angles.{key}", found[key], float) for key in ("start", "step"))
         found = [start + step * i for i in range(count)]
     if not isinstance(found, list | tuple) or not found:
-        raise ValueError("The geometry's angles are no list; expected degrees, one a view, or start, step and count")
+        raise InputError("The geometry's angles are no list; expected degrees, one a view, or start, step and count")
     return tuple(_checked("angles", value, float) for value in found)
 
 
 def view_weights(scanner: Scanner) -> np.ndarray:
     """Share of the rotation that each view stands for, times their number: (views,) float32, all 1 if equally spaced.
 
-    A rotation that was measured twice counts half each time. Raises ValueError where a part of it is missing.
+    A rotation that was measured twice counts half each time. Raises InputError where a part of it is missing.
     """
     angles = np.mod(np.array(scanner.angles), scanner.arc)
     places, index, count = np.unique(angles.round(3) % scanner.arc, return_inverse=True, return_counts=True)
     gaps = np.diff(places, append=places[0] + scanner.arc)
     if gaps.max() > 3 * np.median(gaps) + 1e-3:
-        raise ValueError(f"The views leave a gap of {gaps.max():.1f} degrees where {np.median(gaps):.3g} is usual; a "
+        raise InputError(f"The views leave a gap of {gaps.max():.1f} degrees where {np.median(gaps):.3g} is usual; a "
                          f"rotation of {scanner.arc:g} degrees is expected (short scans are not supported)")
     share = (gaps + np.roll(gaps, 1)) / 2 / count
     return (share[index] * len(angles) / scanner.arc).astype(np.float32)
@@ -176,7 +244,7 @@ def _flat_bins(scanner: Scanner) -> tuple[int, float, np.ndarray | None]:
     R = scanner.source_distance_mm + scanner.detector_distance_mm
     first, last = ((k - n / 2 + 0.5) * pitch + offset for k in (0, n - 1))
     if max(-first, last) >= R * math.pi / 2:
-        raise ValueError(f"The curved detector spans {(last - first) / R * 180 / math.pi:.0f} degrees as seen from the "
+        raise InputError(f"The curved detector spans {(last - first) / R * 180 / math.pi:.0f} degrees as seen from the "
                          "source; expected less than 90 to each side")
     low, high = R * math.tan(first / R), R * math.tan(last / R)
     count, middle = math.floor((high - low) / pitch) + 1, (low + high) / 2
@@ -184,25 +252,30 @@ def _flat_bins(scanner: Scanner) -> tuple[int, float, np.ndarray | None]:
     return count, middle, (R * np.arctan(u / R) - first) / pitch
 
 
+@lru_cache(maxsize=512)
+def _views(scanner: Scanner, n_views: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """(theta, shares) of n views."""
+    scan = scanner if n_views == len(scanner.angles) else scanner.resampled(n_views)
+    return tuple(_pose(scan)[0].tolist()), tuple(view_weights(scan).tolist())
+
+
 @lru_cache(maxsize=64)
-def projector(scanner: Scanner, size: int) -> Radon | RadonFanbeam:
-    """The scan of a size x size image in pixels, with true fan-beam weights. The detector is flat: see `to_pixels`."""
-    theta, reverse = _pose(scanner)
+def _projector(scanner: Scanner, size: int, theta: tuple[float, ...], weights: str) -> Radon | RadonFanbeam:
     count, offset, _ = _flat_bins(scanner)
     p = scanner.field_of_view_mm / size
-    du, offset = scanner.detector_pitch_mm / p, (-offset if reverse else offset) / p
+    du, offset = scanner.detector_pitch_mm / p, (-offset if _pose(scanner)[1] else offset) / p
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*corners")  # a scanner sees a circle, an image is a square
         if scanner.beam == "parallel":
             return Radon(size, theta, count, du, det_offset=offset)
         return RadonFanbeam(size, theta, scanner.source_distance_mm / p, scanner.detector_distance_mm / p, count, du,
-                            det_offset=offset, weights="fdk")
+                            det_offset=offset, weights=weights)
 
 
 def check_shape(scanner: Scanner, shape: tuple[int, ...]) -> None:
-    """Raises ValueError where (..., views, bins) are not the scanner's."""
+    """Raises InputError where (..., views, bins) are not the scanner's."""
     if tuple(shape[-2:]) != (len(scanner.angles), scanner.detector_count):
-        raise ValueError(f"The sinogram has {shape[-2]} views of {shape[-1]} bins, the geometry "
+        raise InputError(f"The sinogram has {shape[-2]} views of {shape[-1]} bins, the geometry "
                          f"{len(scanner.angles)} of {scanner.detector_count}; expected the same (views, bins)")
 
 
@@ -211,7 +284,7 @@ def to_pixels(scanner: Scanner, lines: np.ndarray, size: int) -> torch.Tensor:
     lines = np.asarray(lines, np.float32)
     check_shape(scanner, lines.shape)
     if not np.isfinite(lines).all():
-        raise ValueError("The sinogram holds NaN or infinity; expected finite line integrals")
+        raise InputError("The sinogram holds NaN or infinity; expected finite line integrals")
     position = _flat_bins(scanner)[2]
     if position is not None:
         lines = _cubic(lines, position)
@@ -229,9 +302,3 @@ def _cubic(rows: np.ndarray, position: np.ndarray) -> np.ndarray:
                (f - 1) * f**2 / 2)
     return sum(w * rows[..., np.clip(i + j, 0, rows.shape[-1] - 1)] for j, w in zip(range(-1, 3), weights, strict=True))
 
-
-def fbp(scanner: Scanner, sinogram: torch.Tensor, size: int) -> torch.Tensor:
-    """FBP of `to_pixels`' sinogram: (..., views, flat bins) -> mu (..., size, size), 1/cm."""
-    operator = projector(scanner, size)
-    weights = torch.from_numpy(view_weights(scanner)).to(sinogram.device)[:, None]
-    return operator.backprojection(operator.filter_sinogram(sinogram * weights))

@@ -1,0 +1,71 @@
+"""The network as samplers see it: estimate(x_t, n_t, slices) -> x0_hat."""
+
+import sys
+
+import torch
+
+from models.levels import LEVELS, condition
+from utils.units import HU_RANGE, hu_to_mu
+
+
+def denoiser(network, clip: bool = True, precision: str = "fp32", levels: tuple[int, ...] = LEVELS):
+    """denoise(x_t, n_t): R(x_t, t) for x_t (B, channels, H, H) and a list of view counts.
+
+    clip: keep estimates within what HU can be, [-1024, 3071]. That is outside every window's range but for metal, and
+    keeps the errors of a long chain from growing without bound. The published procedure does not. precision: "fp32" or
+    "bf16", the network's arithmetic. A CPU takes one slice at a time: its convolutions add in an order that depends on
+    the batch, and a chain magnifies that to 3e-4.
+    """
+    lowest, highest = (hu_to_mu(hu) for hu in HU_RANGE)
+    device = next(network.parameters()).device
+    together = 1 if device.type == "cpu" else sys.maxsize
+
+    @torch.no_grad()
+    def denoise(x_t, n_t):
+        t = torch.tensor([condition(n, network.config.conditioning, levels) for n in n_t], device=device)
+        with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
+            parts = zip(x_t.split(together), t.split(together), strict=True)
+            x0_hat = torch.cat([network(x, level) for x, level in parts])
+        return x0_hat.clamp(lowest, highest) if clip else x0_hat
+
+    return denoise
+
+
+def anchored_residual(degrade, x0_hat: torch.Tensor, x_T: torch.Tensor, n_T) -> torch.Tensor:
+    """tanh(D(x0_hat, n_T) - x_T): where an estimate contradicts the measurement (RBG-Diff, 2026)."""
+    return torch.tanh(degrade(x0_hat, n_T) - x_T)
+
+
+class Estimate:
+    """One estimate of x0 a call, and the number of calls of each slice in `calls`.
+
+    denoise(x_t, n_t): the network. x_T (B, 1, H, H): FBP of the measurements, n_T their view count. consistency(x0_hat,
+    slices): data consistency, or None. anchored: the network was trained with `anchored_residual` as second channel.
+    callback(slices, n_t, x0_hat): sees every call.
+    """
+
+    def __init__(self, denoise, degrade, x_T, n_T: int, consistency=None, anchored: bool = False, callback=None):
+        self.denoise, self.degrade, self.x_T, self.n_T = denoise, degrade, x_T, n_T
+        self.consistency, self.anchored, self.callback = consistency, anchored, callback
+        self.calls, self._last = [0] * len(x_T), {}
+
+    def __call__(self, x_t, n_t: list[int], slices=None, residual=None, consistent: bool = True):
+        """x0_hat of some slices (all if None) from x_t (b, 1, H, H) with n_t views' artefacts each.
+
+        residual: the second channel; where it is not given and the network is anchored, that of the network's last
+        estimate of each slice, as it was before data consistency, which leaves little of it (the first call has none).
+        consistent: whether data consistency follows.
+        """
+        slices = range(len(self.x_T)) if slices is None else slices
+        if self.anchored and self._last and residual is None:
+            last = torch.stack([self._last[i] for i in slices])
+            residual = anchored_residual(self.degrade, last, self.x_T[list(slices)], [self.n_T] * len(last))
+        x0_hat = self.denoise(x_t if residual is None else torch.cat([x_t, residual], dim=1), n_t)
+        self._last.update(zip(slices, x0_hat, strict=True))
+        if self.consistency and consistent:
+            x0_hat = self.consistency(x0_hat, slices)
+        for i in slices:
+            self.calls[i] += 1
+        if self.callback:
+            self.callback(slices, n_t, x0_hat)
+        return x0_hat

@@ -1,0 +1,137 @@
+"""From a measurement to an image: the only place where a checkpoint, a scanner and sinograms come together.
+
+    r = Reconstructor.from_checkpoint("tiny")
+    y = r.simulate(hu, views=36)
+    x0_hat, calls = r.run("spdps", y)
+"""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from models.baselines import BASELINES
+from models.checkpoint import load_checkpoint
+from models.consistency import ITERATIONS, data_consistency
+from models.degradation import Degradation
+from models.estimate import Estimate, denoiser
+from models.levels import LEVELS, chain_levels, levels_for
+from models.methods import METHODS
+from models.samplers import SAMPLERS, redegrade, shift
+from models.scanner import PublishedScanner, Scanner, to_pixels
+from models.unet import UNet
+from models.weights import find_checkpoint
+from utils.device import chosen_device
+from utils.errors import InputError
+from utils.units import hu_to_mu
+
+PROTOCOLS = ("cvg", "cvg-official")
+
+
+@dataclass
+class Reconstructor:
+    """A network, a scanner and how they work together. Without a network it has the baselines alone."""
+
+    network: UNet | None = None
+    scanner: PublishedScanner | Scanner = field(default_factory=PublishedScanner)
+    protocol: str = "cvg"                      # cvg-official: D' = D R on estimates, which are not clipped
+    dc: int = 0                                # iterations of data consistency after every network call
+    precision: str = "fp32"                    # of the network: fp32 or bf16
+    published_levels: tuple[int, ...] = LEVELS  # those that the network was trained for
+    levels: tuple[int, ...] | None = None      # chains pass through these, where denser than the measurement
+    device: str = "cpu"
+    header: dict = field(default_factory=dict)
+    path: Path | None = None
+
+    @classmethod
+    def from_checkpoint(cls, name: str | Path = "tiny", *, device: str | None = None, precision: str = "fp32",
+                        protocol: str | None = None, dc: int | None = None,
+                        scanner: PublishedScanner | Scanner | None = None,
+                        levels: tuple[int, ...] | None = None) -> "Reconstructor":
+        """What a checkpoint says, unless a keyword says otherwise.
+
+        name: a known name (tiny, cvg-diff), a file, or hf://owner/repository/file. device: a GPU if there is one.
+        protocol: the checkpoint's. dc: 16, or 0 for weights that were trained without data consistency. Raises
+        InputError with a sentence for what cannot be.
+        """
+        device = chosen_device(device)
+        path = find_checkpoint(str(name))
+        network, header = load_checkpoint(path)
+        protocol = protocol or header.get("protocol", "cvg")
+        if protocol not in PROTOCOLS or precision not in ("fp32", "bf16"):
+            raise InputError(f"The protocol is {protocol!r} and the precision {precision!r}; expected "
+                             f"{' or '.join(PROTOCOLS)}, and fp32 or bf16.")
+        if dc is None:
+            dc = ITERATIONS if header.get("training", {}).get("preset", {}).get("dc", 0) else 0
+        return cls(to_device(network, device, precision), scanner or PublishedScanner(), protocol, dc, precision,
+                   tuple(header.get("levels", LEVELS)), levels, device, header, path)
+
+    @property
+    def degrade(self) -> Degradation:
+        """D in the scanner's geometry."""
+        return Degradation(self.scanner, official=self.protocol == "cvg-official")
+
+    @property
+    def multiple(self) -> int:
+        """Sides of images must be divisible by this."""
+        return self.network.config.multiple if self.network else 1
+
+    def simulate(self, hu: np.ndarray | torch.Tensor, views: int) -> torch.Tensor:
+        """Sinograms y = P_n x of HU slices (H, H) or (B, H, H), without noise: (B, 1, n, bins)."""
+        mu = hu_to_mu(torch.as_tensor(np.asarray(hu), dtype=torch.float32))
+        return self.degrade.project(mu.reshape(-1, 1, *mu.shape[-2:]).to(self.device), views)
+
+    def sinograms(self, lines: np.ndarray, size: int | None = None) -> torch.Tensor:
+        """Line integrals (views, bins) or (B, views, bins), as the real scanner measured them, for `run`."""
+        y = to_pixels(self.scanner, np.asarray(lines), size or self.scanner.size)
+        return y.reshape(-1, 1, *y.shape[-2:]).to(self.device)
+
+    def chain(self, n_views: int) -> tuple[int, ...]:
+        """The levels that a chain from n_views visits, densest first."""
+        if self.levels:
+            return levels_for(n_views, self.levels)
+        kind = self.network.config.conditioning if self.network else "level"
+        return chain_levels(n_views, kind, self.dc, self.published_levels)
+
+    def check(self, method: str) -> None:
+        """Raises InputError with a sentence where there is no such method or the network cannot do it."""
+        if method not in METHODS:
+            raise InputError(f"There is no method {method}; expected one of {', '.join(METHODS)}.")
+        if method in SAMPLERS and self.network is None:
+            raise InputError(f"{method} needs a network; give a checkpoint, or choose {', '.join(BASELINES)}.")
+        if method in SAMPLERS and SAMPLERS[method].two_pass:
+            config = self.network.config
+            if config.channels < 2 or config.anchored:
+                raise InputError(f"{method} needs a network with a two-pass residual channel, and this checkpoint "
+                                 f"({self.path}) has none; choose another method, or a checkpoint trained with "
+                                 "--preset reco, or --channels 2 --residual-channel two-pass.")
+
+    @torch.no_grad()
+    def run(self, method: str, y: torch.Tensor, size: int | None = None, *, photons: float | None = None,
+            electronic: float = 0.0, callback=None, **options) -> tuple[torch.Tensor, list[int]]:
+        """(x0_hat (B, 1, size, size) in mu, network calls of each slice) from sinograms of one view count.
+
+        y: (B, 1, n, bins) in 1/cm x pixels, as `simulate` and `sinograms` give them; nothing else of the truth is seen.
+        size: the scanner's for such a y, if None. photons, electronic: of a noisy measurement, where known (see
+        models/consistency.py). callback(slices, n_t, x0_hat): sees every network call. options: the method's own.
+        """
+        self.check(method)
+        size, n, degrade = size or self.scanner.size_of(y.shape[-1]), y.shape[-2], self.degrade
+        if method in BASELINES:
+            return BASELINES[method].run(degrade, y, size, **options), [0] * len(y)
+        consistency = data_consistency(degrade, y, self.dc, photons, electronic)
+        x_T = degrade.fbp(y, size)
+        denoise = denoiser(self.network, self.protocol == "cvg", self.precision, self.published_levels)
+        estimate = Estimate(denoise, degrade, x_T, n, consistency, self.network.config.anchored, callback)
+        update = redegrade if consistency else shift
+        return SAMPLERS[method].run(estimate, degrade, x_T, self.chain(n), update, **options), estimate.calls
+
+
+def to_device(network: UNet, device: str, precision: str) -> UNet:
+    """The network on a device, its weights channels last where convolutions are faster so.
+
+    That is on a GPU, and in bf16 on a CPU; in fp32 a CPU's group norm of such images loses two digits.
+    """
+    faster = torch.device(device).type == "cuda" or precision == "bf16"
+    return network.to(device, memory_format=torch.channels_last if faster else torch.contiguous_format)

@@ -1,0 +1,145 @@
+"""Training: the network, its EMA and its optimizer, and what one batch does to them."""
+
+import copy
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
+
+from datasets.loader import Part
+from models.checkpoint import load_checkpoint
+from models.degradation import Degradation
+from models.dropout import seed_dropout
+from models.epct import Chain, advance, loss, network_input, start_chain
+from models.levels import LEVELS, level_of
+from models.presets import Preset
+from models.schedule import inputs_of, learning_rate, update_ema
+from models.unet import UNet
+from utils.device import bf16_pays, try_compile
+from utils.distributed import sync_gradients
+from utils.errors import InputError
+from utils.scalars import Step
+
+
+class Trainer:
+    """Updates a network batch by batch. Everything random is a function of the seed, the step and the sample's index.
+
+    steps: optimizer steps of the whole run. size: pixels of a side.
+    """
+
+    def __init__(self, preset: Preset, *, seed: int, steps: int, size: int, device: str, processes: int = 1,
+                 init: Path | None = None):
+        self.preset, self.seed, self.steps, self.device = preset, seed, steps, device
+        self.network, self.ema, self.optimizer = build(preset, seed, device, init)
+        self.step, self.lr = 0, 0.0
+        bf16 = preset.precision == "bf16" and bf16_pays(device)
+        if preset.precision == "bf16" and not bf16:
+            print("This processor has no bf16 arithmetic: training in fp32.")
+        self.autocast = torch.autocast(torch.device(device).type, torch.bfloat16, enabled=bf16)
+        self.model, self.average = self.network.train(), self.ema
+        if preset.compile:
+            example = torch.zeros(1, preset.channels, size, size, device=device), torch.zeros(1, device=device)
+            self.model, self.average = (try_compile(model, *example) for model in (self.network, self.ema))
+        if processes > 1:
+            self.model = DistributedDataParallel(self.model)
+
+    @property
+    def published(self) -> UNet:
+        """The network that is validated and published."""
+        return self.ema if self.preset.publish == "ema" else self.network
+
+    def update(self, parts: list[Part], weight: float, epoch: int) -> list[Step]:
+        """Train on this process's parts of a batch: one optimizer step on the restore input, and one a hop.
+
+        weight: of each slice in the loss, so that processes and parts give what one gives. Nobody waits for the device.
+        """
+        degrade, done = Degradation(), []
+        chains = [start_chain(part, degrade, self.preset, self.device) for part in parts]
+        for hop in range(inputs_of(self.preset, self.step)):
+            self.optimizer.zero_grad(set_to_none=True)
+            losses = torch.cat([self._backward(chain, hop, weight, chain is chains[-1]) for chain in chains])
+            self.lr = learning_rate(self.preset, self.step, self.steps, epoch)
+            norm, skipped = optimize(self.optimizer, self.network, self.preset.clip, self.lr)
+            self.step += 1
+            update_ema(self.ema, self.network, self.step, self.preset)
+            slices, views = ([x for chain in chains for x in of(chain)] for of in (lambda c: c.part.slices,
+                                                                                  lambda c: c.n_t))
+            levels = [LEVELS[level_of(n)] for n in views]
+            done.append(Step([hop] * len(slices), slices, levels, losses, norm, skipped))
+        return done
+
+    def _backward(self, chain: Chain, hop: int, weight: float, last: bool) -> torch.Tensor:
+        """Gradients of a chain's next input; its losses, (B,). last: of the step, when processes exchange gradients."""
+        if hop > 0:
+            if self.preset.estimates_by == "ema":
+                seed_dropout(self.ema, [(self.seed, self.step, i, 1) for i in chain.part.indices])
+                with torch.no_grad(), self.autocast:
+                    chain.x0_hat = self.average(*network_input(chain, self.average, self.preset))
+            advance(chain, hop, self.preset)
+        seed_dropout(self.network, [(self.seed, self.step, i, 0) for i in chain.part.indices])
+        with sync_gradients(self.model, last):
+            with self.autocast:
+                x0_hat = self.model(*network_input(chain, self.model, self.preset))
+                losses = loss(x0_hat, chain.x0, self.preset.loss, self.preset.scale)
+            (losses.sum() * weight).backward()
+        chain.x0_hat = x0_hat.detach()
+        return losses.detach()
+
+    def state_dict(self) -> dict:
+        """What a resumed run needs. No random generator: see above."""
+        return {"network": self.network.state_dict(), "ema": self.ema.state_dict(),
+                "optimizer": self.optimizer.state_dict(), "step": self.step}
+
+    def load(self, state: dict) -> None:
+        """Go on from a `state_dict`."""
+        for name in ("network", "ema", "optimizer"):
+            getattr(self, name).load_state_dict(state[name])
+        self.step = state["step"]
+
+
+def build(preset: Preset, seed: int, device: str, init: Path | None = None):
+    """(network, EMA, optimizer) at the start of a run. init: a checkpoint whose weights the run starts from.
+
+    Raises InputError where these are of another architecture.
+    """
+    torch.manual_seed(seed)
+    network = UNet(preset.network()).to(device, torch.float64 if preset.precision == "fp64" else torch.float32)
+    if init:
+        weights, _ = load_checkpoint(init, device)
+        free = ["conditioning", "dropout", "zero_init"]  # these have no weights of their own,
+        if weights.config.channels == 1:
+            free += ["channels", "residual_channel"]  # and a residual channel can start from none
+        if replace(weights.config, **{name: getattr(preset, name) for name in free}) != network.config:
+            raise InputError(f"{init} holds another architecture than this preset; repeat the flags that made it.")
+        network.load_state_dict(with_channels(weights.state_dict(), network.conv_in.in_channels))
+    if preset.channels_last and torch.device(device).type == "cuda":
+        network.to(memory_format=torch.channels_last)
+    ema = copy.deepcopy(network).requires_grad_(False).train(preset.ema_dropout)
+    kind = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[preset.optimizer]
+    return network, ema, kind(network.parameters(), lr=preset.lr, weight_decay=preset.weight_decay, fused=True)
+
+
+def with_channels(state: dict[str, torch.Tensor], channels: int) -> dict[str, torch.Tensor]:
+    """Weights whose first layer takes so many channels; it ignores those it did not have."""
+    first = state["conv_in.weight"]
+    return state | {"conv_in.weight": F.pad(first, (0, 0, 0, 0, 0, channels - first.shape[1]))}
+
+
+def optimize(optimizer, network, clip: float, lr: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """One step with clipped gradients: (gradient norm, 1.0 where it is not finite, and then nothing changes)."""
+    norm = torch.nn.utils.clip_grad_norm_(network.parameters(), clip)
+    optimizer.found_inf = (~norm.isfinite()).float()  # fused optimizers read it on the device: nobody waits
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    optimizer.step()
+    return norm.detach(), optimizer.found_inf
+
+
+def ground_truths(mu: torch.Tensor, device: str, dtype: torch.dtype) -> torch.Tensor:
+    """x0 = R(slice), mu (N, 1, H, H), on the CPU."""
+    full = Degradation().full
+    bar = tqdm(range(0, len(mu), 8), desc="x0 = R(slice)", unit_scale=8, unit="slices", leave=False, disable=None)
+    return torch.cat([full(mu[i:i + 8].to(device, dtype)).cpu() for i in bar]) if len(mu) else mu
