@@ -41,6 +41,15 @@ def grouped(rows: list[dict], *names: str) -> dict[tuple, list[dict]]:
     return groups
 
 
+def unique(rows: list[dict], *names: str) -> dict[tuple, dict]:
+    """{values of these names: the row that has them}. Raises ValueError where two rows have the same."""
+    groups = grouped(rows, *names)
+    for values, found in groups.items():
+        if len(found) > 1:
+            raise ValueError(f"two rows for {', '.join(map(str, values))}")
+    return {values: row for values, (row,) in groups.items()}
+
+
 def _plain(value):
     """A value that a dictionary takes as a key."""
     return tuple(value) if isinstance(value, list) else value
@@ -63,8 +72,8 @@ def numbers(values: list[float | None], form: str = ".2f") -> str:
 
 def at_views(rows: list[dict], views: list[int], name: str = "psnr") -> list[float | None]:
     """One number for each view count, None where no row has it."""
-    found = {row["views"]: row[name] for row in rows}
-    return [found.get(n) for n in views]
+    found = unique(rows, "views")
+    return [found[n,][name] if (n,) in found else None for n in views]
 
 
 def cell(value: float | None, form: str = ".2f") -> str:
@@ -99,28 +108,30 @@ def any_views(rows: list[dict]) -> list[str]:
     rows = headline(rows)
     if other := set(column(rows, "method")) - {"fbp", "spdps"}:
         raise ValueError(f"it has no column for {', '.join(other)}")
-    fbp = {(row["views"], row.get("start", 0.0)): row["psnr"] for row in rows if row["method"] == "fbp"}
-    spdps = {(row["views"], row.get("start", 0.0), "levels" in row): row for row in rows if row["method"] == "spdps"}
+    rows = [row | {"start": row.get("start", 0.0), "published": "levels" in row} for row in rows]
+    found = unique(rows, "method", "views", "start", "published")
     views = sorted({row["views"] for row in rows})
+
+    def psnr(method, n):
+        return found.get((method, n, 0.0, False), {}).get("psnr")
 
     def gain(n, start, published=False):
         """As transcribed, else SPDPS less FBP; None where it was not measured."""
-        row = spdps.get((n, start, published))
-        return row and row.get("gain", row.get("psnr", 0) - fbp.get((n, start), 0))
+        row = found.get(("spdps", n, start, published))
+        return row and (row["gain"] if "gain" in row else row["psnr"] - found["fbp", n, start, False]["psnr"])
 
     def expected(n, start):
         """As transcribed, else interpolated linearly between the two nearest published counts."""
         known = [m for m in PUBLISHED_COUNTS if gain(m, start) is not None]
-        if (n, start, False) not in spdps or n in known or not known:
+        if gain(n, start) is None or n in known or not known:
             return None
         between = float(np.interp(n, known, [gain(m, start) for m in known]))
-        return spdps[n, start, False].get("expected_gain", between)
+        return found["spdps", n, start, False].get("expected_gain", between)
 
     return markdown(
         ["views", "FBP", "SPDPS", "gain", "neighbours", "gain, published levels", "gain, `--start 0.3`", "neighbours"],
-        [[str(n), cell(fbp.get((n, 0.0))), cell(spdps.get((n, 0.0, False), {}).get("psnr")), cell(gain(n, 0.0)),
-          cell(expected(n, 0.0)), cell(gain(n, 0.0, True)), cell(gain(n, 0.3)), cell(expected(n, 0.3))]
-         for n in views])
+        [[str(n), *map(cell, (psnr("fbp", n), psnr("spdps", n), gain(n, 0.0), expected(n, 0.0), gain(n, 0.0, True),
+                              gain(n, 0.3), expected(n, 0.3)))] for n in views])
 
 
 def ablation(rows: list[dict]) -> list[str]:
@@ -179,9 +190,9 @@ def reference(rows: list[dict]) -> list[str]:
     columns = list(grouped(rows, "split", "views"))
     lines = []
     for (recipe, method, dc), group in grouped(rows, "recipe", "method", "dc").items():
-        psnr = {(row["split"], row["views"]): row["psnr"] for row in group}
+        found = unique(group, "split", "views")
         lines.append([recipe, method, cell(dc, "d"), cell(group[0].get("pflop")),
-                      *(cell(psnr.get(key)) for key in columns), group[0].get("commit", "")])
+                      *(cell(found.get(key, {}).get("psnr")) for key in columns), group[0].get("commit", "")])
     return markdown(["recipe", "method", "iterations", "PFLOP", *(f"{split} {n}" for split, n in columns), "commit"],
                     lines)
 
@@ -191,8 +202,8 @@ def robustness(rows: list[dict]) -> list[str]:
     columns = list(grouped(rows, "checkpoint", "method"))
     lines = []
     for (measurement, n), group in grouped(rows, "measurement", "views").items():
-        psnr = {(row["checkpoint"], row["method"]): row["psnr"] for row in group}
-        lines.append([measurement, str(n), *(cell(psnr.get(key)) for key in columns)])
+        found = unique(group, "checkpoint", "method")
+        lines.append([measurement, str(n), *(cell(found.get(key, {}).get("psnr")) for key in columns)])
     return markdown(["measurement", "views", *(f"{checkpoint}: {method}" for checkpoint, method in columns)], lines)
 
 
@@ -231,10 +242,11 @@ def read_results(path: Path) -> dict:
 
 
 def source(found: dict) -> list[str]:
-    """Where the numbers come from: some lines, and the command."""
+    """Where the numbers come from: some lines, and the command or commands."""
     text = (f"Measured at commit {found['commit']} ({found['date']}) on {found['machine']}, {found['slices']} slices. "
             f"Weights: {found['weights']}. " + " ".join(found["notes"]))
-    return [*wrap(text, 120, break_long_words=False, break_on_hyphens=False), "", f"    {found['command']}"]
+    return [*wrap(text, 120, break_long_words=False, break_on_hyphens=False), "",
+            *(f"    {line}" for line in found["command"].splitlines())]
 
 
 def written(name: str, results: Path) -> str:

@@ -12,6 +12,8 @@ from utils.errors import InputError
 
 ROOT = Path(__file__).parent.parent
 FILES = sorted(path.stem for path in (ROOT / "docs" / "results").glob("*.json"))
+PLACES = [(str(path.relative_to(ROOT)), match[2]) for path in texts(ROOT)
+          for match in TABLE.finditer(path.read_text(encoding="utf-8"))]
 
 
 @pytest.fixture
@@ -48,8 +50,11 @@ def test_every_table_is_what_its_file_gives():
 
 def test_every_file_of_results_has_a_table_and_every_table_stands_in_the_docs():
     assert {file for file, _ in TABLES.values()} == set(FILES)
-    shown = set(re.findall(r"<!-- table: (\S+) -->", (ROOT / "docs" / "results.md").read_text(encoding="utf-8")))
-    assert shown == set(TABLES)
+    assert {name for file, name in PLACES if file == "docs/results.md"} == set(TABLES)
+
+
+def test_the_readme_is_short():
+    assert (ROOT / "README.md").stat().st_size <= 12_000
 
 
 @pytest.mark.parametrize("path", texts(ROOT), ids=lambda path: path.name)
@@ -57,19 +62,20 @@ def test_no_result_is_quoted_beside_the_tables(path):
     prose = outside_tables(path)
     assert not re.findall(r"\d\.\d+ dB|\b\d\d\.\d+ */ *\d\d\.\d+", prose)
     cells = [text.strip() for line in prose.splitlines() if line.startswith("|") for text in line.split("|")]
-    assert not [text for text in cells if re.fullmatch(r"[+-]?\d+\.\d+", text)]
+    assert not [text for text in cells if re.fullmatch(r"[+-]?\d+\.\d\d?", text)]
 
 
-@pytest.mark.parametrize("name", FILES)
-def test_a_digit_changed_in_the_text_is_found(copy, name, capsys):
-    text = (copy / "docs" / "results.md").read_text(encoding="utf-8")
-    table = next(match for match in TABLE.finditer(text) if TABLES[match[2]][0] == name)
+@pytest.mark.parametrize(("file", "name"), PLACES)
+def test_a_digit_changed_in_a_text_is_found(copy, file, name, capsys):
+    path = copy / file
+    text = path.read_text(encoding="utf-8")
+    table = next(match for match in TABLE.finditer(text) if match[2] == name)
     digit = table.start() + re.search(r"\| [^|]*\d\.(\d)", table[0]).start(1)
     changed = text[:digit] + str((int(text[digit]) + 1) % 10) + text[digit + 1:]
-    (copy / "docs" / "results.md").write_text(changed, encoding="utf-8")
+    path.write_text(changed, encoding="utf-8")
     assert check(copy) == 1
-    assert f"results.md: table '{table[2]}' is not what its file gives" in capsys.readouterr().out
-    assert (copy / "docs" / "results.md").read_text(encoding="utf-8") == changed
+    assert f"{path}: table '{name}' is not what its file gives" in capsys.readouterr().out
+    assert path.read_text(encoding="utf-8") == changed
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -128,3 +134,34 @@ def test_a_row_that_its_table_cannot_show_is_named(copy, capsys):
     with pytest.raises(SystemExit):
         check(copy)
     assert "any-views.json" in capsys.readouterr().err
+
+
+def test_two_rows_for_one_cell_are_named(copy, capsys):
+    change(copy / "docs" / "results" / "robustness.json", lambda found: found["rows"].append(found["rows"][0]))
+    with pytest.raises(SystemExit):
+        check(copy)
+    assert "two rows for tiny, fbp" in capsys.readouterr().err
+
+
+def psnr(name: str, **fields) -> dict[int, float]:
+    """{views: PSNR} of the rows of a file that have just these options."""
+    options = {"method", "dc", "levels", "semantic_budget", "measurement", "checkpoint"}
+    return {row["views"]: row["psnr"] for row in read_results(ROOT / "docs" / "results" / f"{name}.json")["rows"]
+            if {k: v for k, v in row.items() if k in options} == fields}
+
+
+def test_what_the_text_says_of_two_calls():
+    one, two, eight = (psnr("consistency", dc=16, **fields) for fields in (
+        {"method": "one-step"}, {"method": "sequential", "levels": [288]}, {"method": "sequential"}))
+    share = {n: (two[n] - one[n]) / (eight[n] - one[n]) for n in one}
+    assert 0.4 < share[18] < 0.6 and 0.4 < share[36] < 0.6 < share[72]
+
+
+def test_what_the_text_says_of_robustness():
+    rows = read_results(ROOT / "docs" / "results" / "robustness.json")["rows"]
+    gains = {(row["checkpoint"], row["measurement"], row["views"], row["method"]):
+             row["psnr"] - psnr("robustness", checkpoint=row["checkpoint"], measurement=row["measurement"],
+                                method=row["method"].removesuffix(" + dc"))[row["views"]]
+             for row in rows if row["method"].endswith(" + dc")}
+    assert min(gains.values()) > 0
+    assert min(gains, key=gains.get) == ("tiny", "1e4 photons", 72, "one-step + dc")
