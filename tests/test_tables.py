@@ -100,7 +100,7 @@ def test_a_row_more_changes_the_table(copy, name):
     assert check(copy) == 0
 
 
-@pytest.mark.parametrize("field", ["command", "commit", "date", "machine", "weights", "slices"])
+@pytest.mark.parametrize("field", ["title", "command", "commit", "date", "machine", "weights", "slices"])
 def test_where_a_number_comes_from_is_part_of_its_table(copy, field):
     change(copy / "docs" / "results" / "test.json", lambda found: found.update({field: "elsewhere"}))
     assert check(copy) == 1
