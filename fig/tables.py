@@ -243,8 +243,8 @@ def read_results(path: Path) -> dict:
 
 def source(found: dict) -> list[str]:
     """Where the numbers come from: some lines, and the command or commands."""
-    text = (f"{found['title']}. Measured at commit {found['commit']} ({found['date']}) on {found['machine']}, {found['slices']} slices. "
-            f"Weights: {found['weights']}. " + " ".join(found["notes"]))
+    text = (f"{found['title']}. Measured at commit {found['commit']} ({found['date']}) on {found['machine']}, "
+            f"{found['slices']} slices. Weights: {found['weights']}. " + " ".join(found["notes"]))
     return [*wrap(text, 120, break_long_words=False, break_on_hyphens=False), "",
             *(f"    {line}" for line in found["command"].splitlines())]
 
