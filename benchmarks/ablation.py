@@ -7,7 +7,6 @@ evaluation by test.py on slices of DATA/val_img; no test slice is read. What is 
 that was stopped goes on: the same command prints the whole table. Rows can be shared out between several shells.
 """
 
-import argparse
 import json
 import re
 import shlex
@@ -20,12 +19,14 @@ from datasets.loader import batches
 from datasets.slices import find_slices, read_slices
 from models.cost import cost
 from models.presets import Preset
-from models.schedule import forward_calls, inputs_of, steps_of
+from models.schedule import forward_calls, inputs_of
+from utils.cli import Parser, script
+from utils.errors import InputError, RunFolderError
 
 # Step counts of the recipe, scaled to runs of some hundred steps. Measurements and chains at the published levels, from
 # angle 0: the few that such runs see are those that the table asks about. And without what came of the table: the
 # residual channel, and no flips and turns.
-SHORT = ("--epct-start 25 --warmup 25 --ema-start 25 --ema 0.99 --between 0 --conditioning level --augment "
+SHORT = ("--epct-start 25 --warmup 25 --ema-start 25 --ema 0.99 --any-view-share 0 --conditioning level --augment "
          "--channels 1 --residual-channel two-pass")
 # name: (flags of train.py after --preset tiny, flags of test.py)
 ROWS = {
@@ -33,27 +34,26 @@ ROWS = {
     "output x0 instead of x0 - x_t": ("--no-residual --no-zero-init", ""),
     "input in mu, unscaled": ("--shift 0 --scale 1", ""),
     "one level a batch": ("--no-per-sample-levels", ""),
-    "all levels alike (focus 0)": ("--focus 0", ""),
+    "all levels alike": ("--focus-share 0", ""),
     "constant rate": ("--schedule step", ""),
     "rate 4e-5, constant": ("--schedule step --lr 4e-5", ""),
     "raw weights at test": ("--publish raw", ""),
     "one hop": ("--hops 1", ""),
     "no EPCT": ("--hops 0", ""),
-    "one update for all inputs": ("--combined", ""),
-    "the EMA's estimates in EPCT": ("--rollout ema", ""),
+    "every hop to the next level": ("--jumps 0", ""),
+    "every hop to any denser level": ("--jumps 1", ""),
+    "the EMA's estimates in EPCT": ("--estimates-by ema", ""),
     "residual channel, two passes": ("--channels 2", "--methods one-step reco"),
     "residual channel, anchored": ("--channels 2 --residual-channel anchored", ""),
     "no flips and turns": ("--no-augment", ""),
     "chains through multiples of the measured views": ("--conditioning log-views", ""),
-    "the same, measured at any view count too": ("--conditioning log-views --between 0.5", ""),
-    "these together, as tiny has them": ("--conditioning log-views --between 0.5 --channels 2 --residual-channel "
-                                         "anchored --no-augment", ""),
+    "the same, measured at any view count too": ("--conditioning log-views --any-view-share 0.5", ""),
+    "these together, as tiny has them": (
+        "--conditioning log-views --any-view-share 0.5 --channels 2 --residual-channel anchored --no-augment", ""),
     "data consistency at test only": ("--dc 0", "--dc 16"),
     "no data consistency, x_s = D(x0_hat)": ("--dc 0", "--dc 0 --methods one-step naive"),
     "no data consistency, level shift": ("--dc 0 --update shift", "--dc 0"),
     "MSE loss": ("--loss mse", ""),
-    "Charbonnier loss": ("--loss charbonnier", ""),
-    "spectral loss": ("--loss spectral", ""),
     "no unshuffle stem": ("--stem 1", ""),
     "width 64": ("--width 64", ""),
     "one block a resolution": ("--blocks 1", ""),
@@ -65,15 +65,15 @@ ROWS = {
 
 
 def parse(argv=None):
-    parser = argparse.ArgumentParser("python -m benchmarks.ablation", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser("python -m benchmarks.ablation", __doc__)
     parser.add_argument("--data", required=True, help="folder with train_img/ and val_img/")
-    parser.add_argument("--out", required=True, type=Path)
-    parser.add_argument("--pflop", type=float, default=0.03, help="of network calls, each training (default: 0.03)")
-    parser.add_argument("--rows", nargs="+", choices=list(ROWS), default=list(ROWS), metavar="NAME")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[3407])
-    parser.add_argument("--slices", type=int, default=8, help="validation slices (default: 8)")
-    parser.add_argument("--train", default=SHORT, help=f"flags of train.py for every row (default: {SHORT!r})")
+    parser.add_argument("--out", required=True, type=Path, help="folder of the trainings and their evaluations")
+    parser.add_argument("--pflop", type=float, default=0.03, help="of network calls, each training")
+    parser.add_argument("--rows", nargs="+", choices=list(ROWS), default=list(ROWS), metavar="NAME",
+                        help="which rows (default: all)")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[3407], help="of the trainings")
+    parser.add_argument("--slices", type=int, default=8, help="validation slices")
+    parser.add_argument("--train", default=SHORT, help="flags of train.py for every row")
     parser.add_argument("--table", action="store_true", help="only print what is done")
     return parser.parse_args(argv)
 
@@ -89,10 +89,10 @@ def affordable(preset: Preset, count: int, size: int, pflop: float) -> int:
     for first, last in batches(count, preset.batch, 10**9):
         calls -= (last - first) * forward_calls(preset, inputs_of(preset, step))
         if calls < 0 and images == 0:
-            sys.exit(f"--pflop {pflop:g} does not pay for one batch; give more.")
+            raise InputError(f"--pflop {pflop:g} does not pay for one batch; give more.")
         if calls < 0:
             return images
-        step, images = step + steps_of(preset, step), last
+        step, images = step + inputs_of(preset, step), last
 
 
 def run(args, row: str, seed: int) -> Path:
@@ -102,7 +102,8 @@ def run(args, row: str, seed: int) -> Path:
     flags = ["--preset", "tiny", *shlex.split(args.train), *shlex.split(trains), "--seed", str(seed)]
     record, now = out / "row.json", {"pflop": args.pflop, "slices": args.slices, "train": flags, "test": tests}
     if record.is_file() and (before := json.loads(record.read_text())) != now:
-        sys.exit(f"{out} holds this row made otherwise ({before}); give --out a new folder, or the same options.")
+        raise RunFolderError(f"{out} holds this row made otherwise ({before}); give --out a new folder, or the same "
+                             "options.")
     if (out / "test" / "summary.json").is_file() or args.table:
         return out / "test"
     files, preset = find_slices(args.data, "train"), preset_of(flags)
@@ -132,6 +133,7 @@ def line(row: str, seed: int, results: Path) -> str:
     return "| " + " | ".join(map(str, cells)) + " |"
 
 
+@script
 def main(argv=None):
     args = parse(argv)
     done = []

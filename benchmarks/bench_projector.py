@@ -4,11 +4,9 @@ Every number is the median time of one slice in ms, after a warm-up and with the
 many times slower than ours on the same device. astra-toolbox is left out where it is not installed.
 """
 
-import argparse
 import json
 import math
 import os
-import sys
 import time
 from functools import partial
 from pathlib import Path
@@ -17,8 +15,9 @@ from statistics import median
 import torch
 from torch_radon import backend_torch
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
-from models.degradation import Degradation, equal_angles, projector  # noqa: E402
+from models.degradation import Degradation
+from utils.cli import Parser, script
+from utils.device import synchronize
 
 try:
     import astra
@@ -33,14 +32,13 @@ TASKS = (*QUICK, "D(288)", "shift 36->54")
 
 def milliseconds(function, repeats: int, device: str) -> float:
     """Median time of a call in ms after a warm-up: `repeats` calls, more if they are short, ten seconds at most."""
-    synchronise = torch.cuda.synchronize if device == "cuda" else (lambda: None)
     function()
-    synchronise()
+    synchronize(device)
     times = []
     while (len(times) < repeats or sum(times) < 0.5) and sum(times) < 10:
         start = time.perf_counter()
         function()
-        synchronise()
+        synchronize(device)
         times.append(time.perf_counter() - start)
     return 1e3 * median(times)
 
@@ -54,7 +52,7 @@ def ours(task: str, x: torch.Tensor):
     if task.startswith("shift"):
         n_t, n_s = [36] * len(x), [54] * len(x)
         return partial(Degradation().shift, x, x, n_t, n_s)
-    radon = projector(x.shape[-1], equal_angles(views_of(task)))
+    radon = Degradation().operator(x.shape[-1], views_of(task))
     if task.startswith("forward"):
         return partial(radon.forward, x)
     if task.startswith("FBP"):
@@ -68,7 +66,7 @@ def plain(task: str, x: torch.Tensor):
     if task.startswith("shift"):
         d36, d54 = plain("D(36)", x), plain("D(54)", x)
         return lambda: x - (d36() - d54())[:, None]
-    radon, images = projector(x.shape[-1], equal_angles(views_of(task))), x[:, 0]
+    radon, images = Degradation().operator(x.shape[-1], views_of(task)), x[:, 0]
     weights = torch.full((len(radon.angles),), math.pi / 2 / len(radon.angles), device=x.device)
     if task.startswith("forward"):
         return partial(backend_torch.forward, radon.geometry, images)
@@ -84,7 +82,7 @@ def astras(task: str, x: torch.Tensor, cuda: bool):
     if task.startswith("shift"):
         d36, d54 = astras("D(36)", x, cuda), astras("D(54)", x, cuda)
         return lambda: x - (d36() - d54())[:, None]
-    radon, images = projector(x.shape[-1], equal_angles(views_of(task))), x[:, 0].contiguous()
+    radon, images = Degradation().operator(x.shape[-1], views_of(task)), x[:, 0].contiguous()
     operator = Astra(radon, "cuda" if cuda else "line_fanflat")
     if task.startswith("forward"):
         return partial(operator.forward, images)
@@ -126,14 +124,15 @@ def line(row: dict) -> str:
     return "  ".join(cells)
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+@script
+def main(argv=None):
+    parser = Parser("python -m benchmarks.bench_projector", __doc__)
     parser.add_argument("--quick", action="store_true", help="four tasks on the CPU alone")
     parser.add_argument("--sizes", type=int, nargs="+", default=[256], help="pixels")
-    parser.add_argument("--batches", type=int, nargs="+", help="default 1 8, on CUDA 32 too")
+    parser.add_argument("--batches", type=int, nargs="+", help="slices at once (default: 1 8, on CUDA 32 too)")
     parser.add_argument("--repeats", type=int, default=15, help="timed calls of ours; the slow ones get fewer")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows there too")
-    args = parser.parse_args()
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows there too (default: nowhere)")
+    args = parser.parse_args(argv)
 
     cuda = torch.cuda.is_available() and not args.quick
     device = torch.cuda.get_device_name() if cuda else f"{torch.get_num_threads()} threads of {os.cpu_count()} cores"

@@ -5,7 +5,6 @@ between them. The plainest loop is eager and fp32, takes batches of 4, makes x0 
 redundant full-view pass of the published code.
 """
 
-import argparse
 import copy
 import json
 import tempfile
@@ -19,11 +18,13 @@ from tqdm import tqdm
 import train
 from datasets.loader import batches, load_slices
 from models.cost import cost
-from models.degradation import LEVELS, Degradation
+from models.degradation import Degradation
+from models.levels import LEVELS
 from models.presets import PRESETS
 from models.schedule import forward_calls, update_ema
 from models.unet import UNet
-from utils.device import bf16_pays, default_device, peak
+from utils.cli import Parser, script
+from utils.device import bf16_pays, chosen_device, peak_flops
 
 GOALS = {"cpu": 1.2, "cuda": 6.0}
 PAPER_IMAGES = 40 * 4869
@@ -77,17 +78,18 @@ def ours(preset, data: str, images: int, device: str) -> float:
     return sum(seen > rounded for seen, _ in rates) * 100 / seconds
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser("python -m benchmarks.bench_train", description=__doc__)
-    device = default_device()
-    parser.add_argument("--preset", choices=sorted(PRESETS), default="tiny" if device == "cpu" else "base",
-                        help="whose network (default: %(default)s)")
-    parser.add_argument("--data", default="datasets/sample", help="(default: %(default)s)")
-    parser.add_argument("--images", type=int, default=100, help="to time in each loop (default: %(default)s)")
-    parser.add_argument("--batch", type=int, default=4 if device == "cpu" else 32,
-                        help="of our loop; the plainest has 4 (default: %(default)s)")
-    parser.add_argument("--device", default=device)
-    args = parser.parse_args()
+@script
+def main(argv=None) -> None:
+    parser = Parser("python -m benchmarks.bench_train", __doc__)
+    parser.add_argument("--preset", choices=sorted(PRESETS), help="whose network (default: tiny, on a GPU base)")
+    parser.add_argument("--data", default="datasets/sample", help="folder with train_img/ and val_img/")
+    parser.add_argument("--images", type=int, default=100, help="to time in each loop")
+    parser.add_argument("--batch", type=int, help="of our loop; the plainest has 4 (default: 4, on a GPU 32)")
+    parser.add_device()
+    args = parser.parse_args(argv)
+    args.device = chosen_device(args.device)
+    args.preset = args.preset or ("tiny" if args.device == "cpu" else "base")
+    args.batch = args.batch or (4 if args.device == "cpu" else 32)
     row = PRESETS[args.preset]
     network = {name: getattr(row, name) for name in ("width", "dropout", "stem", "residual", "shift", "scale",
                                                      "zero_init", "channels_last", "compile")}
@@ -95,7 +97,7 @@ def main() -> None:
                      precision="bf16" if bf16_pays(args.device) else "fp32")
     (_, slices), _, _ = load_slices(args.data, 0.1, 1, 0, preset.network().multiple, False)
     flops = cost(preset.network(), slices.shape[-1], preset.precision)[1]
-    top = peak(args.device)
+    top = peak_flops(args.device)
     rates = {"plainest loop": plainest(preset, slices, args.images, args.device),
              "train.py": ours(preset, args.data, args.images, args.device)}
     for name, rate in rates.items():

@@ -13,28 +13,26 @@ photons is known and what is left is noise. DIR gets a folder of rows for each m
 slices, W3000/L500) and robustness.csv. The same command resumes.
 """
 
-import argparse
-import hashlib
-import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch.nn.functional import avg_pool1d, interpolate
 from tqdm import tqdm
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
-from datasets.slices import find_slices, fingerprint, patients_of, read_slices, spread  # noqa: E402
-from models.checkpoint import denoiser, find_checkpoint, load_checkpoint, placed  # noqa: E402
-from models.consistency import ITERATIONS  # noqa: E402
-from models.degradation import Degradation, equal_angles, projector  # noqa: E402
-from models.samplers import SAMPLERS, chain_of  # noqa: E402
-from test import measured, reconstruct, rows_of  # noqa: E402
-from utils.device import check_device, default_device  # noqa: E402
-from utils.files import atomic  # noqa: E402
-from utils.results import append, open_results, write_csv  # noqa: E402
-from utils.statistics import summarize  # noqa: E402
-from utils.units import WINDOWS, hu_to_mu  # noqa: E402
+from datasets.slices import evenly_spaced, find_slices, fingerprint, patients_of, read_slices
+from models.consistency import ITERATIONS
+from models.degradation import Degradation
+from models.evaluation import Noise, score_rows, simulate_measurement
+from models.reconstructor import Reconstructor
+from models.samplers import SAMPLERS
+from utils.cli import Parser, script
+from utils.device import chosen_device
+from utils.files import atomic, hash16
+from utils.results import append, open_results, write_rows
+from utils.statistics import summarize
+from utils.units import WINDOWS, hu_to_mu
 
 try:
     from benchmarks.astra_projector import Astra
@@ -44,23 +42,23 @@ except ImportError:
 DC = " + dc"
 
 
-def by_astra(kind: str, x0: torch.Tensor, n_views: int) -> list[torch.Tensor]:
-    """Sinograms (1, n, bins) of slices (B, 1, H, W) by a projector of astra-toolbox."""
-    radon = projector(x0.shape[-1], equal_angles(n_views))
-    return list(Astra(radon, kind).forward(x0[:, 0].cpu().contiguous())[:, None].to(x0.device))
+def by_astra(kind: str, x0: torch.Tensor, n_views: int) -> torch.Tensor:
+    """Sinograms (B, 1, n, bins) of slices (B, 1, H, H) by a projector of astra-toolbox."""
+    radon = Degradation().operator(x0.shape[-1], n_views)
+    return Astra(radon, kind).forward(x0[:, 0].cpu().contiguous())[:, None].to(x0.device)
 
 
-def by_finer_pixels(x0: torch.Tensor, n_views: int) -> list[torch.Tensor]:
-    """Sinograms (1, n, bins) of slices (B, 1, H, W) projected at twice their pixels and bins, in units of H pixels."""
+def by_finer_pixels(x0: torch.Tensor, n_views: int) -> torch.Tensor:
+    """Sinograms (B, 1, n, bins) of slices (B, 1, H, H) projected at twice their pixels and bins, in units of H pixels.
+    """
     fine = interpolate(x0, scale_factor=2, mode="bicubic", align_corners=False)
-    return [avg_pool1d(y, 2) / 2 for y in Degradation().project(fine, [n_views] * len(x0))]
+    return avg_pool1d(Degradation().project(fine, n_views).flatten(0, 2), 2).reshape(len(x0), 1, n_views, -1) / 2
 
 
 def measurements(photons: list[float], seed: int) -> dict[str, tuple[Callable, float | None]]:
-    """Name -> (sinograms of slices x0 (B, 1, H, W) with these names and view count, photons a ray if noisy)."""
+    """Name -> (sinograms of slices x0 (B, 1, H, H) with this view count and these names, photons a ray if noisy)."""
     def scanner(photons):
-        given = argparse.Namespace(photons=photons, electronic=0.0, seed=seed)
-        return lambda x0, n_views, names: measured(x0, n_views, names, Degradation(), given)
+        return partial(simulate_measurement, degrade=Degradation(), noise=Noise(photons, seed=seed))
 
     return {"simulated": (scanner(None), None),
             **{kind: (lambda x0, n_views, names, kind=kind: by_astra(f"{kind}_fanflat", x0, n_views), None)
@@ -70,33 +68,25 @@ def measurements(photons: list[float], seed: int) -> dict[str, tuple[Callable, f
 
 
 def parse(argv=None):
-    parser = argparse.ArgumentParser("python -m benchmarks.robustness", description=__doc__, allow_abbrev=False,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser("python -m benchmarks.robustness", __doc__)
     parser.add_argument("--data", required=True, help="folder with test_img/, or of HU .npy slices")
     parser.add_argument("--out", required=True, type=Path, help="folder for tables")
     parser.add_argument("--checkpoint", default="tiny", help="as test.py takes it")
-    parser.add_argument("--views", type=int, nargs="+", default=[18, 36, 72])
-    parser.add_argument("--methods", nargs="+", choices=SAMPLERS, default=["one-step", "sequential", "spdps"])
-    parser.add_argument("--photons", type=float, nargs="*", default=[1e6, 1e5, 1e4],
-                        help="I0 of the noisy measurements (default 1e6 1e5 1e4)")
-    parser.add_argument("--dc", type=int, default=ITERATIONS, help=f"iterations at most (default {ITERATIONS})")
+    parser.add_argument("--views", type=int, nargs="+", default=[18, 36, 72], help="sparsity levels")
+    parser.add_argument("--methods", nargs="+", choices=SAMPLERS, default=["one-step", "sequential", "spdps"],
+                        help="samplers, each without and with data consistency")
+    parser.add_argument("--photons", type=float, nargs="*", default=[1e6, 1e5, 1e4], help="I0 of noisy measurements")
+    parser.add_argument("--dc", type=int, default=ITERATIONS, help="iterations at most")
     parser.add_argument("--seed", type=int, default=0, help="of the noise")
-    parser.add_argument("--limit", type=int, help="this many slices, evenly spread over the folder")
-    parser.add_argument("--batch", type=int, default=4)
+    parser.add_argument("--limit", type=int, help="this many slices, evenly spread over the folder (default: all)")
+    parser.add_argument("--batch", type=int, default=4, help="slices at once")
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="of the network alone")
-    parser.add_argument("--device", default=default_device())
+    parser.add_device()
     args = parser.parse_args(argv)
-    for name, least in {"views": 1, "photons": 1, "dc": 1, "seed": 0, "limit": 1, "batch": 1}.items():
-        values = getattr(args, name)
-        for value in values if isinstance(values, list) else [least if values is None else values]:
-            if not least <= value < float("inf"):
-                parser.error(f"--{name} {value}: expected a number of at least {least}")
-    try:
-        check_device(args.device)
-    except ValueError as error:
-        parser.error(str(error))
+    parser.at_least(args, {"views": 1, "photons": 1, "dc": 1, "seed": 0, "limit": 1, "batch": 1})
     if Astra is None:
         parser.error("two of the measurements are astra-toolbox's; run `pip install astra-toolbox`")
+    args.device = chosen_device(args.device)
     return args
 
 
@@ -113,53 +103,58 @@ def table(summary: list[dict], methods: list[str], notes: list[str]) -> str:
     return "\n".join([*lines, "", *notes, f"Data consistency changes PSNR by {least:+.2f} dB or more ({where})."])
 
 
+def reconstructors(args) -> dict[str, tuple[Reconstructor, str]]:
+    """Method of the table -> (what reconstructs, its sampler), FBP first, each sampler without and with consistency."""
+    plain, consistent = (Reconstructor.from_checkpoint(args.checkpoint, device=args.device, precision=args.precision,
+                                                       dc=dc) for dc in (0, args.dc))
+    return {"fbp": (plain, "fbp"), **{m + suffix: (reconstructor, m) for m in args.methods
+                                      for suffix, reconstructor in (("", plain), (DC, consistent))}}
+
+
+def evaluate(args, name: str, measurement, done, x0, names, patients, methods, bar) -> None:
+    """Add the rows of one measurement that are not done."""
+    measure, photons = measurement
+    todo = [(n, first) for n in args.views for first in range(0, len(names), args.batch)]
+    for n, first in todo:
+        part, y = slice(first, first + args.batch), None
+        for method, (reconstructor, sampler) in methods.items():
+            if not all((file, method, n) in done for file in names[part]):
+                y = measure(x0[part], n, names=names[part]) if y is None else y
+                x0_hat, calls = reconstructor.run(sampler, y, x0.shape[-1], photons=photons)
+                append(args.out / name, 0, score_rows(x0_hat, x0[part], WINDOWS[:1], [
+                    {"file": file, "patient": patients[first + i], "method": method, "views": n, "nfe": calls[i],
+                     "seconds_per_slice": "nan", "peak_gib": "nan"} for i, file in enumerate(names[part])]))
+            bar.update(len(names[part]))
+
+
+@script
 def main(argv=None):
     args = parse(argv)
-    checkpoint = find_checkpoint(args.checkpoint)
-    network, header = load_checkpoint(checkpoint, args.device)
+    methods = reconstructors(args)
+    plain = methods["fbp"][0]
     files = find_slices(args.data, "test")
-    files, hu = read_slices([files[i] for i in spread(len(files), args.limit)], network.config.multiple)
+    files, hu = read_slices([files[i] for i in evenly_spaced(len(files), args.limit)], plain.multiple)
     names, patients = [f.name for f in files], patients_of(files)
-    official = header.get("protocol") == "cvg-official"
-    degrade = Degradation(official=official)
-    denoise = denoiser(placed(network, args.device, args.precision), not official, args.precision)
-    methods = ["fbp", *(m + suffix for m in args.methods for suffix in ("", DC))]
-    run = {"checkpoint": hashlib.sha256(checkpoint.read_bytes()).hexdigest()[:16], "data": fingerprint(files, hu),
-           "methods": methods, "windows": WINDOWS[:1], "slices": len(names),
-           "levels": [chain_of(network.config, n, dc)["levels"] for n in args.views for dc in (0, args.dc)],
+    run = {"checkpoint": hash16(plain.path), "data": fingerprint(files, hu), "methods": list(methods),
+           "windows": WINDOWS[:1], "slices": len(names),
+           "levels": [methods[args.methods[0] + suffix][0].chain(n) for n in args.views for suffix in ("", DC)],
            **{k: getattr(args, k) for k in ("views", "dc", "seed", "batch", "precision", "device")}}
     scanners = measurements(args.photons, args.seed)
     done = {name: open_results(args.out / name, run) for name in scanners}
-    x0 = degrade.full(hu_to_mu(torch.from_numpy(hu))[:, None].to(args.device))
-    seen = degrade.full(x0) if official else x0
-    bar = tqdm(total=len(scanners) * len(args.views) * len(methods) * len(names), unit="slice", disable=None)
-    for name, (measure, photons) in scanners.items():
-        for n in args.views:
-            for first in range(0, len(names), args.batch):
-                batch, y = names[first:first + args.batch], None
-                for method in methods:
-                    if not all((file, method, n) in done[name] for file in batch):
-                        part = slice(first, first + args.batch)
-                        y = measure(seen[part], n, batch) if y is None else y
-                        iterations = args.dc if method.endswith(DC) else 0
-                        chain = {} if method == "fbp" else chain_of(network.config, n, iterations)
-                        x0_hat, nfe = reconstruct(method.removesuffix(DC), y, x0.shape[-1], denoise, degrade,
-                                                  iterations, {"photons": photons}, **chain)
-                        rows = rows_of(x0_hat, x0[part], WINDOWS[:1], [
-                            {"file": file, "patient": patients[first + i], "method": method, "views": n, "nfe": nfe[i],
-                             "seconds_per_slice": "nan", "peak_gib": "nan"} for i, file in enumerate(batch)])
-                        append(args.out / name, 0, [row for slice_rows in rows for row in slice_rows])
-                    bar.update(len(batch))
-    bar.close()
+    x0 = Degradation().full(hu_to_mu(torch.from_numpy(hu))[:, None].to(args.device))
+    total = len(scanners) * len(args.views) * len(methods) * len(names)
+    with tqdm(total=total, unit="slice", disable=None) as bar:
+        for name, measurement in scanners.items():
+            evaluate(args, name, measurement, done[name], x0, names, patients, methods, bar)
     columns = ("views", "method", "psnr", "ssim", "rmse_hu", "vif", "nfe")
     summary = [{"measurement": name, **{k: row[k] for k in columns}} for name in scanners
-               for row in summarize(open_results(args.out / name, run), patients, methods, args.views)]
-    write_csv(args.out / "robustness.csv", summary)
+               for row in summarize(open_results(args.out / name, run), patients, list(methods), args.views)]
+    write_rows(args.out / "robustness.csv", summary)
     notes = [f"Mean PSNR in dB over {len(names)} slices of {len(set(patients))} patient(s), W{WINDOWS[0][0]}/"
-             f"L{WINDOWS[0][1]}, checkpoint {checkpoint.name}, dc: {args.dc} iterations at most."]
-    text = table(summary, methods, notes)
+             f"L{WINDOWS[0][1]}, checkpoint {plain.path.name}, dc: {args.dc} iterations at most."]
+    text = table(summary, list(methods), notes)
     with atomic(args.out / "table.md") as partial:
-        partial.write_text(text + "\n")
+        partial.write_text(text + "\n", encoding="utf-8")
     print(text)
 
 

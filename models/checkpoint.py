@@ -64,8 +64,8 @@ def _read_published(path: Path) -> tuple[dict[str, torch.Tensor], dict]:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:
         raise InputError(
-            f"{path} holds more than weights, or is no PyTorch file. Unpickling it could run code, so nothing in it was "
-            "run. Expected a .safetensors file or a checkpoint of the published CvG-Diff code.") from None
+            f"{path} holds more than weights, or is no PyTorch file. Unpickling it could run code, so nothing in it "
+            "was run. Expected a .safetensors file or a checkpoint of the published CvG-Diff code.") from None
     except (RuntimeError, EOFError, OSError, ValueError, KeyError, IndexError, AttributeError, TypeError) as error:
         raise InputError(f"{path} is not a whole PyTorch file ({type(error).__name__}); copy or download it "
                          "again.") from error

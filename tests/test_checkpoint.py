@@ -10,9 +10,11 @@ import torch
 from conftest import run
 from test_unet import GOLDEN, with_known_weights
 
-from models.checkpoint import find_checkpoint, load_checkpoint, looks_like, save_checkpoint
+from models import convert
+from models.checkpoint import infer_config, load_checkpoint, save_checkpoint
 from models.unet import UNet, UNetConfig
-from utils import convert
+from models.weights import find_checkpoint
+from utils.errors import InputError
 
 SMALL = UNetConfig(width=32)
 
@@ -67,7 +69,7 @@ def test_a_hostile_pickle_runs_nothing(form, tmp_path):
         path.write_bytes(pickle.dumps(content, protocol=2))
     else:
         torch.save(content, path, _use_new_zipfile_serialization=form == "zip")
-    with pytest.raises(SystemExit, match="nothing in it was run"):
+    with pytest.raises(InputError, match="nothing in it was run"):
         load_checkpoint(path)
     assert not marker.exists()
     if form == "pickle":
@@ -77,19 +79,19 @@ def test_a_hostile_pickle_runs_nothing(form, tmp_path):
 def test_weights_that_do_not_fit_are_named(tmp_path):
     network = UNet(SMALL)
     path = published(tmp_path / "net.pkl", network, **{"denoise_fn.extra.weight": torch.zeros(3)})
-    with pytest.raises(SystemExit, match=r"1 not known \(extra.weight\).*look like UNetConfig\(width=32"):
+    with pytest.raises(InputError, match=r"1 not known \(extra.weight\).*look like UNetConfig\(width=32"):
         load_checkpoint(path)
     state = network.state_dict()
     del state["mid.attn_1.q.bias"], state["norm_out.weight"]
     torch.save({"net_param": state}, path)
-    with pytest.raises(SystemExit, match=r"2 missing \(mid.attn_1.q.bias, norm_out.weight\)"):
+    with pytest.raises(InputError, match=r"2 missing \(mid.attn_1.q.bias, norm_out.weight\)"):
         load_checkpoint(path)
     save_checkpoint(tmp_path / "net.safetensors", network.state_dict(), UNetConfig(width=64), {})
-    with pytest.raises(SystemExit, match=r"64-channel.*of another shape.*look like UNetConfig\(width=32"):
+    with pytest.raises(InputError, match=r"64-channel.*of another shape.*look like UNetConfig\(width=32"):
         load_checkpoint(tmp_path / "net.safetensors")
     other = UNetConfig(width=32, multipliers=(1, 2), blocks=1, stem=2, channels=2)
-    assert looks_like(UNet(other).state_dict()) == other
-    assert looks_like({"conv_in.weight": torch.zeros(3)}) is None
+    assert infer_config(UNet(other).state_dict()) == other
+    assert infer_config({"conv_in.weight": torch.zeros(3)}) is None
 
 
 @pytest.mark.parametrize(("content", "sentence"), [
@@ -101,14 +103,14 @@ def test_weights_that_do_not_fit_are_named(tmp_path):
 def test_other_files_get_a_sentence(content, sentence, tmp_path):
     path = tmp_path / "net.pkl"
     path.write_bytes(content) if isinstance(content, bytes) else torch.save(content, path)
-    with pytest.raises(SystemExit, match=sentence):
+    with pytest.raises(InputError, match=sentence):
         load_checkpoint(path)
 
 
 def test_names_and_addresses(tmp_path):
     assert load_checkpoint(find_checkpoint("tiny"))[1]["preset"] == "tiny"
     for wrong, sentence in {"huge": "one of tiny, cvg-diff", "hf://owner/net.pkl": "hf://owner/repository/file"}.items():
-        with pytest.raises(SystemExit, match=sentence):
+        with pytest.raises(InputError, match=sentence):
             find_checkpoint(wrong)
 
     snapshot = tmp_path / "hub" / "models--someone--ct" / "snapshots" / "0123abcd"
@@ -117,8 +119,8 @@ def test_names_and_addresses(tmp_path):
     (tmp_path / "hub" / "models--someone--ct" / "refs" / "main").write_text("0123abcd")
     published(snapshot / "net.pkl", UNet(SMALL))
     offline = {"HF_HOME": tmp_path, "HF_HUB_OFFLINE": 1}
-    command = ("-m", "utils.convert", "hf://someone/ct/net.pkl", tmp_path / "net.safetensors")
+    command = ("-m", "models.convert", "hf://someone/ct/net.pkl", tmp_path / "net.safetensors")
     assert "Written" in run(*command, **{k: str(v) for k, v in offline.items()})
-    text = run("-m", "utils.convert", "cvg-diff", tmp_path / "other.safetensors", expect=1,
+    text = run("-m", "models.convert", "cvg-diff", tmp_path / "other.safetensors", expect=1,
                **{k: str(v) for k, v in offline.items()})
     assert "is not in the Hugging Face cache and could not be downloaded" in text and "give its path" in text

@@ -1,4 +1,4 @@
-"""python -m utils.reconstruct: series in, series out; place, identity, resuming, failures, and what bad input gets."""
+"""reconstruct.py: series in, series out; place, identity, resuming, failures, and what bad input gets."""
 
 import json
 import subprocess
@@ -12,11 +12,11 @@ import pytest
 from conftest import ROOT, body, make_dicom
 from test_scanner import FAN, line_integrals
 
+import reconstruct
 from datasets import prepare
 from datasets.dicom import standard_axial
-from datasets.scanner import make_scanner
-from utils import reconstruct
-from utils.reconstruct import main
+from models.scanner import make_scanner
+from reconstruct import main
 
 SECRETS = (b"SECRET", b"Topsecret", b"Jane", b"19700102", b"Hospital", b"ACC1", b"1.2.77")
 
@@ -137,13 +137,13 @@ def test_a_stopped_run_goes_on_where_it_was(tmp_path, monkeypatch):
     def stopping(*args):
         job = original(*args)
 
-        def solve(hu):
+        def measure(reconstructor, hu):
             calls.append(len(hu))
             if len(calls) == 3:
                 raise KeyboardInterrupt
-            return job.solve(hu)
+            return job.measure(reconstructor, hu)
 
-        return replace(job, solve=solve)
+        return replace(job, measure=measure)
 
     monkeypatch.setattr(reconstruct, "simulated", stopping)
     with pytest.raises(SystemExit, match="Stopped"):
@@ -259,17 +259,17 @@ def test_several_series_are_listed_and_one_is_chosen(tmp_path):
 
 def test_command_line(tmp_path, capsys):
     series(tmp_path / "in", 1)
-    command = [sys.executable, "-m", "utils.reconstruct", str(tmp_path / "in"), "--out", str(tmp_path / "out")]
+    command = [sys.executable, "reconstruct.py", str(tmp_path / "in"), "--out", str(tmp_path / "out")]
     done = subprocess.run([*command, "--views", "9", "--method", "fbp"], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0 and "1 of 1 slices" in done.stdout, done.stderr
     for extra, text in {("--median-z", "2"): "odd number", ("--batch", "0"): "at least 1", ("--size", "2"): "8 to 4096",
                         ("--device", "tpu"): "cannot be used"}.items():
         with pytest.raises(SystemExit):
-            main([*command[3:], *extra])
+            main([*command[2:], *extra])
         assert text in capsys.readouterr().err
     with pytest.raises(SystemExit, match="how many to simulate"):
-        main([*command[3:], "--method", "fbp"])
+        main([*command[2:], "--method", "fbp"])
     with pytest.raises(SystemExit, match="divisible by"):
-        main([*command[3:], "--views", "9", "--size", "30"])
+        main([*command[2:], "--views", "9", "--size", "30"])
     with pytest.raises(SystemExit, match="no such|does not exist"):
-        main([*command[3:], "--views", "9", "--checkpoint", str(tmp_path / "none")])
+        main([*command[2:], "--views", "9", "--checkpoint", str(tmp_path / "none")])

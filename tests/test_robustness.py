@@ -21,15 +21,15 @@ def x0():
 
 def test_other_projectors_measure_the_same_slices_otherwise(x0):
     """The same geometry, orientation and unit, to what pixels of another shape make of the same slice."""
-    ours = torch.stack(Degradation().project(x0, [30] * 2))
-    found = {name: torch.stack(measure(x0, 30, ["A", "B"]))
+    ours = Degradation().project(x0, 30)
+    found = {name: measure(x0, 30, names=["A", "B"])
              for name, (measure, _) in robustness.measurements([1e5], 0).items()}
     assert list(found) == ["simulated", "strip", "line", "fine", "photons-100000"]
     for name, y in found.items():
         difference = (y - ours).norm() / ours.norm()
         assert (difference == 0) if name == "simulated" else (1e-4 < difference < 0.02), (name, difference)
     assert (found["strip"] - found["line"]).norm() > 1e-4 * ours.norm()
-    turned = torch.stack(robustness.by_astra("line_fanflat", x0.flip(-1), 30))
+    turned = robustness.by_astra("line_fanflat", x0.flip(-1), 30)
     assert (turned - ours).norm() > 0.05 * ours.norm()
 
 

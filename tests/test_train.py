@@ -17,7 +17,7 @@ import train
 from datasets.loader import load_slices
 from datasets.slices import split_by_patient
 from models.checkpoint import load_checkpoint
-from models.degradation import LEVELS
+from models.levels import LEVELS
 
 FAST = ["--preset", "tiny", "--device", "cpu", "--images", "48", "--epct-start", "2", "--ema-start", "4", "--hops", "2",
         "--precision", "fp32", "--val-every", "16", "--save-every", "8", "--val-slices", "2"]

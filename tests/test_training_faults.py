@@ -18,12 +18,16 @@ from safetensors.torch import load_file
 
 import train
 from datasets.loader import sample_at
+from fig import plot_run
+from models import run as training_run
+from models import training
 from models.epct import loss
-from utils import plot_run
-from utils.device import compiled, memory_advice
+from utils.device import memory_advice, try_compile
+from utils.errors import Stopped
+from utils.files import full_disk
 from utils.nonfinite import NonFinite
 from utils.scalars import Step
-from utils.state import newest_state, versions
+from utils.state import newest_state, save_state, versions
 
 FAST = ["--preset", "tiny", "--device", "cpu", "--images", "16", "--epct-start", "2", "--ema-start", "4", "--hops", "1",
         "--precision", "fp32", "--val-every", "16", "--save-every", "4", "--val-slices", "1", "--dc", "1", "--stem",
@@ -45,7 +49,7 @@ def broken_from(calls, is_broken):
 
 
 def test_steps_that_are_not_finite_are_skipped_and_counted(go, tmp_path, monkeypatch):
-    monkeypatch.setattr(train, "loss", broken_from([], lambda n: n in (2, 5)))
+    monkeypatch.setattr(training, "loss", broken_from([], lambda n: n in (2, 5)))
     go("--images", "8")
     lines = [json.loads(line) for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
     assert [line["skipped"] for line in lines if "skipped" in line] == [2]
@@ -55,7 +59,7 @@ def test_steps_that_are_not_finite_are_skipped_and_counted(go, tmp_path, monkeyp
 
 
 def test_many_in_a_row_stop_the_run_with_its_state_and_the_slices_named(go, tmp_path, monkeypatch):
-    monkeypatch.setattr(train, "loss", broken_from([], lambda n: n > 4))
+    monkeypatch.setattr(training, "loss", broken_from([], lambda n: n > 4))
     text = go("--patience", "3", "--epct-start", "1000", expect=1)
     assert "3 optimizer steps in a row" in text and "14 images" in text
     _, state = newest_state(tmp_path / "out", "cpu")
@@ -122,12 +126,12 @@ def test_a_full_disk_leaves_the_previous_state(go, tmp_path):
     newest, state = newest_state(out, "cpu")
     resource.setrlimit(resource.RLIMIT_FSIZE, (2**20, hard))
     try:
-        with pytest.raises(SystemExit, match="takes no more data.*free some space"):
-            train.state.save_state(out, 12, state)
-        with pytest.raises(SystemExit, match="takes no more data.*free some space"), train.state.full_disk(out):
+        with pytest.raises(Stopped, match="takes no more data.*free some space"):
+            save_state(out, 12, state)
+        with pytest.raises(Stopped, match="takes no more data.*free some space"), full_disk(out):
             network = torch.nn.Linear(1000, 1000)
-            train.save_checkpoint(out / "checkpoint.safetensors", network.state_dict(), train.PRESETS["tiny"].network(),
-                                  {})
+            training_run.save_checkpoint(out / "checkpoint.safetensors", network.state_dict(),
+                                         train.PRESETS["tiny"].network(), {})
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert {path: path.read_bytes() for path in out.glob("state-*.pt")} == states
@@ -147,12 +151,12 @@ def test_slices_that_changed_are_refused_unless_told(go, data):
 def test_out_of_memory_says_which_batch_and_accumulation(go, monkeypatch):
     def full(*_):
         raise torch.OutOfMemoryError("CUDA out of memory")
-    monkeypatch.setattr(train, "loss", full)
+    monkeypatch.setattr(training, "loss", full)
     text = go("--batch", "8", expect=1)
     assert "8 slices at a time" in text and "--accumulate 2" in text and "--batch 4" in text
-    with pytest.raises(SystemExit, match="--accumulate 8: 1 at a time, --batch 16"), memory_advice(16, 2, 4):
+    with pytest.raises(Stopped, match="--accumulate 8: 1 at a time, --batch 16"), memory_advice(16, 2, 4):
         full()
-    with pytest.raises(SystemExit, match="one slice at a time"), memory_advice(2, 2, 1):
+    with pytest.raises(Stopped, match="one slice at a time"), memory_advice(2, 2, 1):
         full()
 
 
@@ -161,7 +165,7 @@ def test_where_torch_compile_fails_the_network_runs_as_it_is(monkeypatch, capsys
         raise RuntimeError("no compiler")
     monkeypatch.setattr(torch, "compile", fails)
     model = torch.nn.Linear(2, 2)
-    assert compiled(model, torch.zeros(1, 2)) is model
+    assert try_compile(model, torch.zeros(1, 2)) is model
     assert "torch.compile does not work here (RuntimeError)" in capsys.readouterr().out
 
 
@@ -170,10 +174,18 @@ def test_how_a_step_is_computed_may_differ_on_resume(go, tmp_path):
     assert "Resuming" in go("--images", "8", "--accumulate", "2", "--patience", "5")
     path = tmp_path / "out" / "run.json"
     described = json.loads(path.read_text())
-    del described["preset"]["starts"]  # as if an older version had written it
-    path.write_text(json.dumps(described))
+    preset = described["preset"]  # as commit a8309e4 wrote it: other names, fields that are gone, one that is younger
+    for new, old in {"any_view_share": "between", "focus_share": "focus", "estimates_by": "rollout"}.items():
+        preset[old] = preset.pop(new)
+    preset |= {"combined": False, "rotate": 0.0, "zoom": 0.0, "translate": 0.0, "starts": 1}
+    del preset["update"]
+    path.write_text(json.dumps(described | {"preset": preset | {"update": "naive"}}))
     assert "Resuming" in go("--images", "8")
-    assert "another preset (starts)" in go("--images", "8", "--starts", "2", expect=1)
+    path.write_text(json.dumps(described | {"preset": preset | {"rotate": 5.0}}))
+    assert "begun with rotate 5.0, which this version no longer has" in go("--images", "8", expect=1)
+    path.write_text(json.dumps(described | {"preset": preset}))
+    assert "another preset (update)" in go("--images", "8", expect=1)
+    path.write_text(json.dumps(described | {"preset": preset | {"update": "naive"}}))
     assert "another preset (lr)" in go("--images", "8", "--lr", "0.5", expect=1)
 
 
