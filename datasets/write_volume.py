@@ -12,7 +12,9 @@ import numpy as np
 import pydicom
 from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian, generate_uid
 
-from datasets.dicom import Slice, guarded, pseudonym, standard_corner
+from datasets.dicom import standard_corner
+from datasets.privacy import pseudonym
+from datasets.series import Slice, refuse_on_error
 from utils.files import atomic
 
 # What a series shares with the original, attribute by attribute: anything else, private tags too, stays behind.
@@ -151,9 +153,11 @@ def write_dicom(path: Path, header: pydicom.Dataset, hu: np.ndarray, place: Plac
         file.save_as(partial, enforce_file_format=True)
 
 
+@refuse_on_error("cannot be parsed as DICOM")
+@pydicom.config.disable_value_validation()
 def read_original(path: str) -> pydicom.Dataset:
     """The attributes of an original DICOM file, without its pixels. Raises Refused."""
-    return guarded(lambda: pydicom.dcmread(path, stop_before_pixels=True, force=True), "cannot be parsed as DICOM")
+    return pydicom.dcmread(path, stop_before_pixels=True, force=True)
 
 
 def anonymous(one: Slice) -> str:

@@ -1,0 +1,152 @@
+"""A look at prepared data: `python -m datasets.look DIR` prints what it holds and what is odd, and draws a sheet.
+
+DIR holds train_img/, val_img/, test_img/ or is one folder of .npy files: HU slices (H, H) or volumes (N, H, H).
+"""
+
+import hashlib
+import sys
+from collections import Counter, defaultdict
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageDraw
+from tqdm import tqdm
+
+from datasets.slices import patients_of, read_manifest
+from utils.cli import Parser, script
+from utils.errors import InputError
+from utils.files import atomic
+from utils.units import HU_RANGE
+
+BANDS = (HU_RANGE[0], -950, -200, -20, 20, 100, 300, 1000, HU_RANGE[1] + 1)
+NAMES = ("air", "lung", "fat", "water", "soft tissue", "contrast, spongy bone", "bone", "dense bone, metal")
+WINDOW = (-1000, 1000)  # HU shown black and white on the sheet
+
+
+def oddities(hu: np.ndarray) -> list[str]:
+    """What is suspicious about an array of HU, each in a few words."""
+    if hu.dtype.kind not in "iuf" or hu.ndim not in (2, 3) or hu.shape[-1] != hu.shape[-2] or not hu.size:
+        return [f"is {hu.dtype} of shape {hu.shape}; expected square HU slices"]
+    if not np.isfinite(hu).all():
+        return ["holds NaN or infinity"]
+    low, high = hu.min(), hu.max()
+    return [text for odd, text in (
+        (hu.shape[-1] % 8, f"is {hu.shape[-1]} pixels wide, which the network (multiples of 8) does not take"),
+        (low < HU_RANGE[0] or high > HU_RANGE[1], f"reaches from {low} to {high} HU, beyond {HU_RANGE}"),
+        (low == high, f"is {low} HU everywhere"),
+        (low > -500 and low != high, f"has no air (smallest value {low}): is it in HU?"),
+        (high < -200 and low != high, f"has nothing denser than {high} HU"),
+    ) if odd]
+
+
+def read_array(path: Path) -> tuple[np.ndarray | None, list[str]]:
+    """(the array, or None where it is none of HU; what is suspicious about it, in a few words each)."""
+    try:
+        hu = np.load(path, mmap_mode="r", allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        return None, [f"cannot be read ({type(error).__name__})"]
+    return hu if hu.dtype.kind in "iuf" and hu.ndim in (2, 3) and hu.size else None, oddities(hu)
+
+
+def check_manifest(folder: Path, rows: dict[str, dict[str, str]], digests: dict[str, str]) -> list[str]:
+    """What is odd about the rows {file: row} of a manifest, if there are any, beside the files' {file: sha256}."""
+    odd = [f"{name} of manifest.csv is not there" for name in rows if not (folder / name).exists()]
+    odd += [f"{name} has a pixel spacing of {row['spacing_mm']} mm" for name, row in rows.items()
+            if row.get("spacing_mm") and not 0.1 <= float(row["spacing_mm"]) <= 4]
+    for name, digest in digests.items() if rows else ():
+        if name not in rows:
+            odd.append(f"{name} is not in manifest.csv")
+        elif rows[name].get("sha256", digest) != digest:
+            odd.append(f"{name} differs from the hash in manifest.csv: it was changed")
+    return odd
+
+
+def look(folder: Path) -> tuple[list[str], dict[str, tuple[str, str]], list[np.ndarray]]:
+    """Print the statistics of one folder; returns (what is odd, {file: (patient, sha256)}, 8 slices to draw)."""
+    files, odd, found, chosen = sorted(folder.glob("[!.]*.npy")), [], {}, []
+    sizes, slices, counts = Counter(), Counter(), np.zeros(len(NAMES), int)
+    wanted = set(np.linspace(0, len(files) - 1, 8).astype(int).tolist())
+    for index, (path, patient) in enumerate(tqdm(list(zip(files, patients_of(files), strict=True)), disable=None)):
+        hu, reasons = read_array(path)
+        odd += [f"{path.name} {reason}" for reason in reasons]
+        if hu is None:
+            continue
+        found[path.name] = patient, hashlib.sha256(path.read_bytes()).hexdigest()
+        slices[patient] += len(hu) if hu.ndim == 3 else 1
+        sizes[f"{hu.shape[-2]} x {hu.shape[-1]} {hu.dtype}"] += 1
+        counts += np.histogram(np.clip(hu, *HU_RANGE), BANDS)[0]
+        if index in wanted:
+            chosen.append(np.asarray(hu[len(hu) // 2] if hu.ndim == 3 else hu, np.float32))
+    rows = {row["file"]: row for row in reversed(read_manifest(folder))}  # of a volume, the row of its first slice
+    odd += check_manifest(folder, rows, {name: digest for name, (_, digest) in found.items()})
+    print(f"\n{folder}: {slices.total()} slices in {len(files)} files of {len(slices)} patients")
+    spacings = [float(row["spacing_mm"]) for row in rows.values() if row.get("spacing_mm")]
+    print_statistics(slices, sizes, spacings, counts)
+    odd = [f"{folder.name}/{line}" for line in odd]
+    return odd + [f"{folder.name} mixes sizes or types: {', '.join(sizes)}"] * (len(sizes) > 1), found, chosen
+
+
+def print_statistics(slices: Counter, sizes: Counter, spacings: list[float], counts: np.ndarray) -> None:
+    """Print {patient: slices}, {size: files}, pixel spacings in mm and how many pixels lie in each of BANDS."""
+    if slices:
+        few, many = min(slices.values()), max(slices.values())
+        print(f"  slices a patient: {few} to {many}, median {np.median(list(slices.values())):g}")
+    print("  sizes: " + ", ".join(f"{size} ({count} files)" for size, count in sizes.most_common()))
+    if spacings:
+        print(f"  pixel spacing: {min(spacings):.3f} to {max(spacings):.3f} mm, median {np.median(spacings):.3f}")
+    for low, high, name, share in zip(BANDS, BANDS[1:], NAMES, counts / max(1, counts.sum()), strict=False):
+        print(f"  {low:6d} .. {high - 1:5d} HU {share:6.1%} {'#' * round(40 * share):40s} {name}")
+
+
+def shared(found: dict[str, dict[str, tuple[str, str]]]) -> list[str]:
+    """Which files are the same and which patients are in several folders: {folder: {file: (patient, sha256)}}."""
+    odd, first, folders = [], {}, defaultdict(list)
+    for folder, files in found.items():
+        for name, (_, digest) in files.items():
+            if first.setdefault(digest, f"{folder}/{name}") != f"{folder}/{name}":
+                odd.append(f"{folder}/{name} is the same as {first[digest]}")
+        for patient in {patient: None for patient, _ in files.values()}:
+            folders[patient].append(folder)
+    return odd + [f"{' and '.join(names)} share patient {patient}" for patient, names in folders.items() if names[1:]]
+
+
+def draw_sheet(rows: dict[str, list[np.ndarray]], path: Path, side: int = 160) -> None:
+    """Write a PNG with a row of slices ((H, H) HU) for each name."""
+    sheet = Image.new("L", (side * max(map(len, rows.values())), (side + 14) * len(rows)))
+    draw = ImageDraw.Draw(sheet)
+    for row, (name, slices) in enumerate(rows.items()):
+        draw.text((2, row * (side + 14) + 1), f"{name}, {WINDOW[0]} to {WINDOW[1]} HU", fill=255)
+        for column, hu in enumerate(slices):
+            grey = (np.nan_to_num(hu) - WINDOW[0]) / (WINDOW[1] - WINDOW[0]) * 255
+            picture = Image.fromarray(grey.clip(0, 255).astype(np.uint8)).resize((side, side))
+            sheet.paste(picture, (column * side, row * (side + 14) + 14))
+    with atomic(path) as partial:
+        sheet.save(partial, format="PNG")
+
+
+@script
+def main(argv: list[str] | None = None) -> int:
+    parser = Parser("python -m datasets.look", __doc__)
+    parser.add_argument("data", metavar="DIR", type=Path, help="prepared data, or one folder of .npy files")
+    parser.add_argument("--sheet", metavar="PNG", type=Path, help="contact sheet to write (default: DIR/sheet.png)")
+    args = parser.parse_args(argv)
+    folders = [args.data / f"{part}_img" for part in ("train", "val", "test") if (args.data / f"{part}_img").is_dir()]
+    folders = [folder for folder in folders or [args.data] if any(folder.glob("[!.]*.npy"))]
+    if not folders:
+        raise InputError(f"{args.data} holds no .npy files, nor does a train_img/, val_img/ or test_img/ in it.")
+    odd, found, sheet = [], {}, {}
+    for folder in folders:
+        more, found[folder.name], sheet[folder.name] = look(folder)
+        odd += more
+    odd += shared(found)
+    print(f"\n{len(odd)} suspicious" + (":" if odd else ""))
+    print("\n".join(f"  {line}" for line in odd[:50]) + (f"\n  and {len(odd) - 50} more" if len(odd) > 50 else ""))
+    if any(sheet.values()):
+        path = args.sheet or args.data / "sheet.png"
+        draw_sheet({name: slices for name, slices in sheet.items() if slices}, path)
+        print(f"Contact sheet: {path}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
