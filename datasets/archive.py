@@ -58,7 +58,7 @@ def parallel(function, tasks: list, workers: int, title: str, chunk: int = 8) ->
         try:
             if not hasattr(own, "process"):
                 own.process = processes.enter_context(_process())
-            return own.process.submit(_each, function, part).result()
+            return list(own.process.map(function, part, chunksize=len(part)))
         except BrokenProcessPool:
             own.process.shutdown()
             del own.process
@@ -66,10 +66,10 @@ def parallel(function, tasks: list, workers: int, title: str, chunk: int = 8) ->
 
     results, parts = [], [tasks[k : k + chunk] for k in range(0, len(tasks), chunk)]
     with ExitStack() as processes, ThreadPoolExecutor(workers) as threads:
-        with tqdm(total=len(tasks), desc=title, disable=None) as bar:
-            for answers in threads.map(run, parts):
-                results += answers
-                bar.update(len(answers))
+        bar = processes.enter_context(tqdm(total=len(tasks), desc=title, disable=None))
+        for answers in threads.map(run, parts):
+            results += answers
+            bar.update(len(answers))
     return results
 
 
@@ -84,10 +84,6 @@ def _begin():
     # killed cannot tell them to end, so they watch it.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=lambda: (multiprocessing.parent_process().join(), os._exit(1)), daemon=True).start()
-
-
-def _each(function, tasks):
-    return [function(task) for task in tasks]
 
 
 def examine_in_time(path: str) -> tuple[list[Slice], list[tuple[str, str, str]]]:

@@ -143,7 +143,8 @@ def stopped_by_disk():
     try:
         yield
     except OSError as error:
-        raise Stopped(f"Stopped: writing failed ({error}). What is written is whole; the same command does the rest.") from error
+        raise Stopped(f"Stopped: writing failed ({error}). What is written is whole; the same command does the "
+                      "rest.") from error
 
 
 @stopped_by_disk()

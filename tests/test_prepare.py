@@ -169,10 +169,11 @@ def written(tmp_path):
 
 def test_a_full_disk_ends_with_a_sentence_and_the_same_command_goes_on(tmp_path):
     make_series(tmp_path / "in", 12)
-    full = subprocess.run(command(tmp_path, "--size", "64", "--workers", "2"), capture_output=True, text=True, cwd=ROOT,
-                          preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (5000, 5000)))
-    assert full.returncode == 1 and full.stderr.startswith("Stopped: writing failed (") and "does the rest" in full.stderr
-    assert written(tmp_path).keys() == {"prepare.json"} and len(full.stderr.splitlines()) == 1
+    full = subprocess.run(command(tmp_path, "--size", "64", "--workers", "2"), stderr=subprocess.PIPE, text=True,
+                          cwd=ROOT, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (5000, 5000)))
+    assert full.returncode == 1 and full.stderr.startswith("Stopped: writing failed (")
+    assert "does the rest" in full.stderr and len(full.stderr.splitlines()) == 1
+    assert written(tmp_path).keys() == {"prepare.json"}
     assert subprocess.run(command(tmp_path, "--size", "64"), cwd=ROOT).returncode == 0
     assert len(written(tmp_path)) == 12 + 3
 
