@@ -1,8 +1,4 @@
-"""Folders and files of any layout: which files there are, which slices they hold, whose these are.
-
-Readers run in processes of their own, so that a file that crashes a decoder, or keeps it busy for ever, costs itself
-only.
-"""
+"""Folders and files of any layout: which files there are, which slices they hold, whose these are."""
 
 import faulthandler
 import multiprocessing
@@ -45,7 +41,7 @@ def time_limit(seconds: float = LIMIT):
 
 
 def parallel(function, tasks: list, workers: int, title: str, chunk: int = 8) -> list:
-    """[function(task) for task in tasks] over processes; None for a task whose process died.
+    """[function(task) for task in tasks] over processes; None for a task whose process died: decoders can crash.
 
     function: of a module, and it sets its own time limit. What it raises is raised here. A process gets up to `chunk`
     tasks at a time, as a message costs about as much as reading a header. Where it dies, they are tried one by one.

@@ -19,6 +19,7 @@ import sys
 from collections import Counter, defaultdict
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from itertools import groupby
 from pathlib import Path
 
@@ -71,28 +72,20 @@ def split_patients(patients: list[str], split: list[str], seed: int) -> dict[str
     return dict(zip(order, np.repeat(SPLITS, counts).tolist(), strict=True))
 
 
-def convert(task: tuple[list[tuple[str, list[Slice]]], int, bool]) -> list[tuple[list[Slice], str, list]]:
-    """Write the files of one task that are missing: for each (slices it holds, sha256, problems).
-
-    task: ([(file to write, its slices in order)], size, whether the files are volumes).
-    """
-    outputs, size, volumes = task
+def convert(outputs: list[Output], out: Path, size: int, volumes: bool) -> list[tuple[list[Slice], str, list]]:
+    """Write those of the outputs that are missing: for each (slices it holds, sha256, problems)."""
     results, failed = [], {}
-    for target, slices in outputs:
-        images, problems, kept = None, [], slices
-        if not os.path.exists(target) or volumes and len(np.load(target, mmap_mode="r")) < len(slices):
-            images, problems = _read_images(slices, size, failed)
-            kept = [one for one in slices if one in images]
-        if not kept:
-            results.append(([], "", problems))
-            continue
+    for one in outputs:
+        target, kept, images, problems = out / one.folder / one.name, one.slices, {}, []
+        if not target.exists() or volumes and len(np.load(target, mmap_mode="r")) < len(kept):
+            images, problems = _read_images(kept, size, failed)
+            kept = list(images)
         if images:
-            with atomic(target) as partial, open(partial, "wb") as file:
+            with atomic(target) as temporary, open(temporary, "wb") as file:
                 np.save(file, np.stack(list(images.values())) if volumes else images[kept[0]])
-        smallest = np.load(target, mmap_mode="r").min()
-        if smallest > -500:
+        if kept and (smallest := np.load(target, mmap_mode="r").min()) > -500:
             problems.append((kept[0].path, "warning", f"has no air, its smallest value is {smallest}: is it in HU?"))
-        results.append((kept, hashlib.sha256(Path(target).read_bytes()).hexdigest(), problems))
+        results.append((kept, hashlib.sha256(target.read_bytes()).hexdigest() if kept else "", problems))
     return results
 
 
@@ -113,7 +106,8 @@ def _read_images(slices, size, failed):
 
 def write_table(path: Path, header: tuple[str, ...], rows: list) -> None:
     """Write a CSV file. Bytes of a path that are no text are escaped."""
-    with atomic(path) as partial, open(partial, "w", newline="", encoding="utf-8", errors="backslashreplace") as file:
+    with atomic(path) as temporary, open(temporary, "w", newline="", encoding="utf-8",
+                                         errors="backslashreplace") as file:
         csv.writer(file, lineterminator="\n").writerows([header, *rows])
 
 
@@ -133,8 +127,8 @@ def check_resume(out: Path, outputs: list[Output], shown: dict[str, str], option
     if other := [name for name in there if plan.get(name, "") != before["outputs"].get(name)]:
         raise RunFolderError(f"{out} holds {len(other)} file(s) made from other input, such as {min(other)}; choose "
                              "another --out.")
-    with atomic(record) as partial:
-        partial.write_text(json.dumps({"options": options, "outputs": plan}), "utf-8")
+    with atomic(record) as temporary:
+        temporary.write_text(json.dumps({"options": options, "outputs": plan}), "utf-8")
 
 
 @contextmanager
@@ -160,7 +154,7 @@ def write_all(outputs: list[Output], out: Path, shown: dict, options: dict, work
     if outputs:
         check_resume(out, outputs, shown, options)
     rows = defaultdict(list)
-    for one, (kept, sha256, found) in _convert_all(outputs, out, options, workers):
+    for one, (kept, sha256, found) in _convert_all(outputs, out, options["size"], options["volumes"], workers):
         problems += found
         rows[one.folder] += [
             (one.name, one.patient, index, pseudonym(s.series, "series", options["keep_names"]),
@@ -179,21 +173,18 @@ def write_all(outputs: list[Output], out: Path, shown: dict, options: dict, work
     return int(empty or counts["refused"] > 0)
 
 
-def _convert_all(outputs, out, options, workers):
-    # [(output, what `convert` says of it)]
-    for folder in {one.folder for one in outputs}:
-        (out / folder).mkdir(exist_ok=True)
+def _convert_all(outputs, out, size, volumes, workers):
+    # Yields (output, what `convert` says of it).
     groups = defaultdict(list)  # one file's slices go together: it is decoded once
     for one in outputs:
-        groups[one.name if options["volumes"] else one.slices[0].path].append(one)
-    tasks = [([(str(out / one.folder / one.name), one.slices) for one in group], options["size"], options["volumes"])
-             for group in groups.values()]
-    chunk = 8 * len(tasks) // max(1, len(outputs))  # a task of many slices goes alone
-    pairs = []
-    for group, results in zip(groups.values(), parallel(convert, tasks, workers, "Writing slices", chunk), strict=True):
-        pairs += zip(group, results or [([], "", [(one.slices[0].path, "refused", DIED)]) for one in group],
-                     strict=True)
-    return pairs
+        (out / one.folder).mkdir(exist_ok=True)
+        groups[one.name if volumes else one.slices[0].path].append(one)
+    chunk = 8 * len(groups) // max(1, len(outputs))  # a group of many slices goes alone
+    made = parallel(partial(convert, out=out, size=size, volumes=volumes), list(groups.values()), workers,
+                    "Writing slices", chunk)
+    for group, results in zip(groups.values(), made, strict=True):
+        died = [([], "", [(one.slices[0].path, "refused", DIED)]) for one in group]
+        yield from zip(group, results or died, strict=True)
 
 
 def plan_outputs(slices: list[Slice], part_of: dict[str, str], volumes: bool,

@@ -91,14 +91,14 @@ def _value(view, name):
             return None
         raise Refused(f"lacks the tag {pydicom.tag.Tag(FIELDS[name])} of the DICOM-CT-PD format")
     value = view[FIELDS[name]].value
-    if name == "shape":
-        return (value.decode("ascii", "replace") if isinstance(value, bytes) else str(value)).strip("\0 ").upper()
-    if isinstance(value, bytes) and name in ("rows", "columns"):
-        value = struct.unpack("<H", value)[0]
-    elif isinstance(value, bytes) and name != "water":  # water is a decimal string
-        value = struct.unpack(f"<{len(value) // 4}f", value)
+    if isinstance(value, bytes) and name in ("shape", "water"):  # text, and a decimal string
+        value = value.decode("ascii", "replace")
     elif isinstance(value, bytes):
-        value = value.decode("ascii").strip("\0 ")
+        value = struct.unpack("<H" if name in ("rows", "columns") else f"<{len(value) // 4}f", value)
+    if isinstance(value, str):
+        value = value.strip("\0 ")
+    if name == "shape":
+        return str(value).upper()
     values = [float(x) for x in (value if isinstance(value, pydicom.multival.MultiValue | tuple | list) else [value])]
     if not np.isfinite(values).all():
         raise Refused(f"has {values} in the tag {pydicom.tag.Tag(FIELDS[name])}; expected finite numbers")

@@ -14,7 +14,7 @@ from test_prepare import reasons, run
 
 from datasets import dicom
 from datasets.formats import resize_hu, scan
-from datasets.prepare import convert
+from datasets.prepare import Output, convert
 from datasets.series import Refused
 
 SHARED = Path(os.environ.get("CVG_SHARED", "/nonexistent"))
@@ -255,7 +255,7 @@ def test_original_files_read_as_pydicom_says(tmp_path):
         np.testing.assert_allclose(dicom.read_hu(str(path))[0], want, atol=1e-3)
         png = SHARED / f"data/ct256/test/LIDC-IDRI-0001_{dataset.InstanceNumber - 1:03d}.png"
         if dataset.PatientID == "LIDC-IDRI-0001":
-            convert(([(str(tmp_path / "one.npy"), scan(str(path)))], 256, False))
+            convert([Output("", "one.npy", "", scan(str(path)))], tmp_path, 256, False)
             assert abs(np.load(tmp_path / "one.npy") + 1024 - np.asarray(Image.open(png)).astype(int)).max() == 0
             (tmp_path / "one.npy").unlink()
     assert len(files) == 16
