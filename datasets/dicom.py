@@ -212,22 +212,11 @@ def _slice(path, dataset, frame, patient, names):
     kernel = _find(dataset, frame, "CTReconstructionSequence", "ConvolutionKernel") or ""
     kernel = kernel if isinstance(kernel, str) else "/".join(map(str, kernel))
     return Slice(
-        path=path,
-        frame=frame,
-        patient=patient,
-        series=str(dataset.SeriesInstanceUID),
-        position=float(position),
-        number=int(dataset.get("InstanceNumber") or 0),
-        size=int(dataset.Rows),
-        spacing=spacing[0],
+        path=path, frame=frame, patient=patient, series=str(dataset.SeriesInstanceUID), names=names,
+        position=float(position), number=int(dataset.get("InstanceNumber") or 0), size=int(dataset.Rows),
+        spacing=spacing[0], slope=slope, intercept=intercept, orientation=tuple(orientation), corner=tuple(corner),
         kernel=re.sub(r"[^\w .,/+-]", "", kernel)[:32],
-        names=names,
-        warning="was compressed with loss; kept" if _is_lossy(dataset) else "",
-        slope=slope,
-        intercept=intercept,
-        orientation=tuple(orientation),
-        corner=tuple(corner),
-    )
+        warning="was compressed with loss; kept" if _is_lossy(dataset) else "")
 
 
 def _find(dataset, frame, group, keyword):

@@ -61,9 +61,9 @@ def check_manifest(folder: Path, rows: dict[str, dict[str, str]], digests: dict[
     return odd
 
 
-def look(folder: Path) -> tuple[list[str], dict[str, tuple[str, str]], list[np.ndarray]]:
-    """Print the statistics of one folder; returns (what is odd, {file: (patient, sha256)}, 8 slices to draw)."""
-    files, odd, found, chosen = sorted(folder.glob("[!.]*.npy")), [], {}, []
+def look(folder: Path) -> tuple[list[str], list[tuple[str, str, str]], list[np.ndarray]]:
+    """Print the statistics of one folder; returns (what is odd, (folder/file, patient, sha256), 8 slices to draw)."""
+    files, odd, found, chosen, digests = sorted(folder.glob("[!.]*.npy")), [], [], [], {}
     sizes, slices, counts = Counter(), Counter(), np.zeros(len(NAMES), int)
     wanted = set(np.linspace(0, len(files) - 1, 8).astype(int).tolist())
     for index, (path, patient) in enumerate(tqdm(list(zip(files, patients_of(files), strict=True)), disable=None)):
@@ -71,18 +71,18 @@ def look(folder: Path) -> tuple[list[str], dict[str, tuple[str, str]], list[np.n
         odd += [f"{path.name} {reason}" for reason in reasons]
         if hu is None:
             continue
-        found[path.name] = patient, hashlib.sha256(path.read_bytes()).hexdigest()
+        digests[path.name] = hashlib.sha256(path.read_bytes()).hexdigest()
+        found.append((f"{folder.name}/{path.name}", patient, digests[path.name]))
         slices[patient] += len(hu) if hu.ndim == 3 else 1
         sizes[f"{hu.shape[-2]} x {hu.shape[-1]} {hu.dtype}"] += 1
         counts += np.histogram(np.clip(hu, *HU_RANGE), BANDS)[0]
         if index in wanted:
             chosen.append(np.asarray(hu[len(hu) // 2] if hu.ndim == 3 else hu, np.float32))
     rows = {row["file"]: row for row in reversed(read_manifest(folder))}  # of a volume, the row of its first slice
-    odd += check_manifest(folder, rows, {name: digest for name, (_, digest) in found.items()})
     print(f"\n{folder}: {slices.total()} slices in {len(files)} files of {len(slices)} patients")
     spacings = [float(row["spacing_mm"]) for row in rows.values() if row.get("spacing_mm")]
     print_statistics(slices, sizes, spacings, counts)
-    odd = [f"{folder.name}/{line}" for line in odd]
+    odd = [f"{folder.name}/{line}" for line in odd + check_manifest(folder, rows, digests)]
     return odd + [f"{folder.name} mixes sizes or types: {', '.join(sizes)}"] * (len(sizes) > 1), found, chosen
 
 
@@ -98,16 +98,15 @@ def print_statistics(slices: Counter, sizes: Counter, spacings: list[float], cou
         print(f"  {low:6d} .. {high - 1:5d} HU {share:6.1%} {'#' * round(40 * share):40s} {name}")
 
 
-def shared(found: dict[str, dict[str, tuple[str, str]]]) -> list[str]:
-    """Which files are the same and which patients are in several folders: {folder: {file: (patient, sha256)}}."""
-    odd, first, folders = [], {}, defaultdict(list)
-    for folder, files in found.items():
-        for name, (_, digest) in files.items():
-            if first.setdefault(digest, f"{folder}/{name}") != f"{folder}/{name}":
-                odd.append(f"{folder}/{name} is the same as {first[digest]}")
-        for patient in {patient: None for patient, _ in files.values()}:
-            folders[patient].append(folder)
-    return odd + [f"{' and '.join(names)} share patient {patient}" for patient, names in folders.items() if names[1:]]
+def shared(found: list[tuple[str, str, str]]) -> list[str]:
+    """Which files (folder/file, patient, sha256) are the same, and which patients are in several folders."""
+    odd, first, folders = [], {}, defaultdict(dict)
+    for name, patient, digest in found:
+        if first.setdefault(digest, name) != name:
+            odd.append(f"{name} is the same as {first[digest]}")
+        folders[patient][name.partition("/")[0]] = None
+    return odd + [f"{' and '.join(names)} share patient {patient}" for patient, names in folders.items()
+                  if len(names) > 1]
 
 
 def draw_sheet(rows: dict[str, list[np.ndarray]], path: Path, side: int = 160) -> None:
@@ -134,17 +133,14 @@ def main(argv: list[str] | None = None) -> int:
     folders = [folder for folder in folders or [args.data] if any(folder.glob("[!.]*.npy"))]
     if not folders:
         raise InputError(f"{args.data} holds no .npy files, nor does a train_img/, val_img/ or test_img/ in it.")
-    odd, found, sheet = [], {}, {}
-    for folder in folders:
-        more, found[folder.name], sheet[folder.name] = look(folder)
-        odd += more
-    odd += shared(found)
+    odds, founds, pictures = zip(*map(look, folders), strict=True)
+    odd = sum(odds, []) + shared(sum(founds, []))
     print(f"\n{len(odd)} suspicious" + (":" if odd else ""))
     print("\n".join(f"  {line}" for line in odd[:50]) + (f"\n  and {len(odd) - 50} more" if len(odd) > 50 else ""))
-    if any(sheet.values()):
-        path = args.sheet or args.data / "sheet.png"
-        draw_sheet({name: slices for name, slices in sheet.items() if slices}, path)
-        print(f"Contact sheet: {path}")
+    if any(pictures):
+        sheet = args.sheet or args.data / "sheet.png"
+        draw_sheet({folder.name: slices for folder, slices in zip(folders, pictures, strict=True) if slices}, sheet)
+        print(f"Contact sheet: {sheet}")
     return 0
 
 

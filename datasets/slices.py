@@ -64,9 +64,9 @@ def find_slices(data: str | Path, split: str) -> list[Path]:
 
 
 def read_slice(path: Path, multiple: int = 1) -> np.ndarray:
-    """One square HU slice, float32 (H, H), clipped to [-1024, 3071]. Raises InputError for a bad file.
+    """One square HU slice, float32 (H, H), clipped to [-1024, 3071]; H is divisible by `multiple`.
 
-    multiple: of pixels, that the network takes.
+    Raises InputError for a bad file.
     """
     try:
         hu = np.load(path, allow_pickle=False)

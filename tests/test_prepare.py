@@ -183,7 +183,7 @@ def test_a_run_that_is_stopped_leaves_no_process_and_the_same_command_goes_on(tm
     make_series(tmp_path / "in", 300)
     whole = command(tmp_path, "--size", "128", "--workers", "2")
     process = subprocess.Popen(whole, cwd=ROOT, start_new_session=True, stderr=subprocess.PIPE, text=True)
-    while process.poll() is None and not (tmp_path / "out/train_img").is_dir():
+    while process.poll() is None and len(list((tmp_path / "out").glob("*/*.npy"))) < 10:
         time.sleep(0.01)
     (os.killpg if sign == signal.SIGINT else os.kill)(process.pid, sign)  # Ctrl-C reaches the whole group
     said = process.communicate(timeout=60)[1]
