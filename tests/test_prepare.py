@@ -23,7 +23,7 @@ from utils.errors import InputError, RunFolderError
 
 
 def table(path):
-    with open(path, newline="") as file:
+    with open(path, newline="", encoding="utf-8") as file:
         return list(csv.DictReader(file))
 
 
@@ -191,9 +191,11 @@ def test_a_run_that_is_stopped_leaves_no_process_and_the_same_command_goes_on(tm
         assert process.returncode == 130 and said.startswith("Stopped") and len(said.splitlines()) == 1
         assert not list((tmp_path / "out").rglob("*.partial"))
     end = time.monotonic() + 20
-    while alive := running(process.pid):
-        assert time.monotonic() < end, alive
+    while (left := running(process.pid)) and time.monotonic() < end:
         time.sleep(0.05)
+    if left:
+        os.killpg(process.pid, signal.SIGKILL)
+    assert not left
     assert len(list((tmp_path / "out/train_img").glob("*.npy"))) < 300
     assert subprocess.run(whole, cwd=ROOT).returncode == 0
     assert len(written(tmp_path)) == 300 + 3
