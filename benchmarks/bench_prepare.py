@@ -1,6 +1,5 @@
 """Preparing 500 DICOM slices of 512x512 with one process and with two: `python -m benchmarks.bench_prepare`."""
 
-import argparse
 import os
 import tempfile
 import time
@@ -13,6 +12,7 @@ from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian, generate_uid
 from tqdm import trange
 
 from datasets.prepare import main as prepare
+from utils.cli import Parser, script
 
 GOAL = 1.6  # two processes on two idle cores
 
@@ -38,12 +38,14 @@ def write_series(folder: Path, count: int, side: int) -> None:
         dataset.save_as(folder / f"{index}.dcm", enforce_file_format=True)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser("python -m benchmarks.bench_prepare", description=__doc__)
-    parser.add_argument("--slices", type=int, default=500)
-    parser.add_argument("--side", type=int, default=512, help="pixels (default: %(default)s)")
-    parser.add_argument("--repeats", type=int, default=3, help="the best of so many counts (default: %(default)s)")
-    args = parser.parse_args()
+@script
+def main(argv: list[str] | None = None) -> None:
+    parser = Parser("python -m benchmarks.bench_prepare", __doc__)
+    parser.add_argument("--slices", type=int, default=500, help="how many to make")
+    parser.add_argument("--side", type=int, default=512, help="pixels")
+    parser.add_argument("--repeats", type=int, default=3, help="the best of so many counts")
+    args = parser.parse_args(argv)
+    parser.at_least(args, {"slices": 1, "side": 16, "repeats": 1})
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder, "dicom")
         source.mkdir()

@@ -1,25 +1,20 @@
 """DICOM CT files to HU slices in the standard axial orientation.
 
-Everything here is a function of the file alone: `read_header` says what a file holds, `read_hu` gives its slices,
-`order_series` puts the slices of one series in order. A file that cannot be used raises `Refused` (it is bad) or
-`LeftOut` (it is fine but not a CT slice: a localiser, a derived image); the message is the reason as a sentence.
-Reasons never quote text fields, which may hold a patient's name.
+Everything here is a function of the file alone: `read_header` says what a file holds, `read_hu` gives its slices. A
+file that cannot be used raises `Refused` (it is bad) or `LeftOut` (it is fine but not a CT slice: a localiser, a
+derived image). Reasons never quote text fields, which may hold a patient's name.
 """
 
-import hashlib
 import math
 import os
 import re
-import statistics
-import warnings
-from collections import Counter
-from dataclasses import dataclass
 
 import numpy as np
 import pydicom
 from pydicom.multival import MultiValue
 from pydicom.uid import ExplicitVRLittleEndian, ImplicitVRLittleEndian, MediaStorageDirectoryStorage
 
+from datasets.series import LeftOut, Refused, Slice, refuse_on_error
 from utils.units import HU_RANGE
 
 MAX_SIDE = 4096  # no scanner writes more; a damaged header can claim 65535 and ask for gigabytes
@@ -27,39 +22,6 @@ CMS_ENVELOPE = bytes.fromhex("06092a864886f70d010703")  # object identifier that
 MODALITIES = "CR DX KO MG MR NM OT PR PT REG RTDOSE RTIMAGE RTPLAN RTSTRUCT SC SEG SR US XA".split()
 LOCALISERS = {"LOCALIZER", "SCOUT", "TOPOGRAM"}
 LOSSY_SYNTAX = re.compile(r"1\.2\.840\.10008\.1\.2\.4\.(5[01]|81|91|93|203)$")
-
-
-class Refused(ValueError):
-    """The file cannot become HU slices; the message is the reason."""
-
-    status = "refused"
-
-
-class LeftOut(Refused):
-    """The file is sound but is not an original CT slice; the message is the reason."""
-
-    status = "left out"
-
-
-@dataclass(frozen=True)
-class Slice:
-    """One slice of one file: where it is and what is known of it before its pixels are read."""
-
-    path: str
-    frame: int = 0  # index within the file
-    patient: str = ""
-    series: str = ""
-    position: float | None = None  # mm along the normal, growing towards the head; None where the file does not say
-    number: int = 0  # instance number: orders what position cannot
-    size: int = 0  # side in pixels
-    spacing: float | None = None  # mm between pixel centres
-    kernel: str = ""
-    names: tuple[str, ...] = ()  # words that identify the patient
-    warning: str = ""
-    slope: float = 1.0
-    intercept: float = 0.0
-    orientation: tuple[float, ...] = (1, 0, 0, 0, 1, 0)
-    corner: tuple[float, ...] | None = None  # ImagePositionPatient: mm of the first pixel's centre as stored
 
 
 def to_hu(stored: np.ndarray, slope: float, intercept: float, padding: int | None = None) -> np.ndarray:
@@ -122,7 +84,8 @@ def read_hu(path: str) -> np.ndarray:
     Slices are in the order of the file. Raises Refused or LeftOut.
     """
     dataset, slices = _parse(path, with_pixels=True)
-    raw = guarded(lambda: dataset.pixel_array, "has pixels that cannot be decoded; is it truncated or damaged?")
+    with refuse_on_error("has pixels that cannot be decoded; is it truncated or damaged?"):
+        raw = dataset.pixel_array
     raw = raw.reshape(-1, *raw.shape[-2:])
     if raw.shape != (len(slices), slices[0].size, slices[0].size):
         raise Refused(f"decodes to {raw.shape}, its header says {len(slices)} slices of {slices[0].size} pixels")
@@ -137,70 +100,11 @@ def read_hu(path: str) -> np.ndarray:
     return np.stack([standard_axial(hu, one.orientation) for one, hu in zip(slices, frames, strict=True)])
 
 
-def order_series(slices: list[Slice]) -> tuple[list[Slice], list[tuple[str, str, str]]]:
-    """The slices of one series from feet to head, and what is wrong with it as (path, status, reason).
-
-    A slice of another size than most is refused, one at a position that is already taken is left out (the lowest
-    instance number stays), a gap is a warning. Slices without positions are ordered by number and not compared.
-    """
-    ordered = sorted(slices, key=lambda one: (one.position or 0.0, one.number, one.path, one.frame))
-    if any(one.position is None for one in ordered):
-        return ordered, []
-    kept, problems = [], []
-    size = Counter(one.size for one in ordered).most_common(1)[0][0]
-    for one in ordered:
-        if one.size != size:
-            reason = f"has {one.size} pixels a side where most of its series has {size}"
-            problems.append((one.path, "refused", reason))
-        elif kept and one.position - kept[-1].position < 0.01:
-            reason = f"repeats position {one.position:g} mm of its series; the lowest instance number is used"
-            problems.append((one.path, "left out", reason))
-        else:
-            kept.append(one)
-    steps = [after.position - before.position for before, after in zip(kept, kept[1:], strict=False)]
-    usual = statistics.median(steps) if steps else 0.0
-    for before, step in zip(kept, steps, strict=False):
-        if step > 1.5 * usual:
-            reason = f"is followed by a gap of {step:g} mm where {usual:g} mm is usual: slices are missing"
-            problems.append((before.path, "warning", reason))
-    return kept, problems
-
-
-def pseudonym(text: str, kind: str, keep: bool) -> str:
-    """A name safe for files: `kind`-hash, or with `keep` the text itself, made unique where it had to be cleaned."""
-    code = hashlib.sha256(text.encode(errors="backslashreplace")).hexdigest()
-    clean = re.sub(r"[^A-Za-z0-9_.-]+", "-", text).strip("-.")[:64]
-    return f"{kind}-{code[:10]}" if not keep else clean if clean == text else f"{clean or kind}-{code[:6]}"
-
-
-def hider(slices: list[Slice], keep: bool):
-    """A function that puts pseudonyms in place of the patients' names and IDs in a text."""
-    words = {name.lower(): one.patient for one in slices for name in one.names if not keep}
-    choices = "|".join(re.escape(word) for word in sorted(words, key=len, reverse=True))
-    pattern = re.compile(rf"(?<![A-Za-z0-9])({choices})(?![A-Za-z0-9])", re.I)
-    return lambda text: pattern.sub(lambda m: pseudonym(words[m[0].lower()], "patient", keep), text) if words else text
-
-
-def guarded(read, reason: str):
-    """read(), where anything it raises becomes Refused(reason)."""
-    # Damaged bytes make the parser and the decoders raise almost anything. Whatever it is, the file is bad, and the
-    # message of the exception may quote a patient's field: only its type is told.
-    try:
-        with warnings.catch_warnings(), pydicom.config.disable_value_validation():
-            warnings.simplefilter("ignore")
-            return read()
-    except Refused:
-        raise
-    except Exception as error:
-        raise Refused(f"{reason} ({type(error).__name__})") from error
-
-
+@refuse_on_error("cannot be parsed as DICOM; is it damaged?")
+@pydicom.config.disable_value_validation()
 def _parse(path, with_pixels):
-    def read():
-        dataset = _dataset(path, with_pixels)
-        return dataset, _slices(path, dataset)
-
-    return guarded(read, "cannot be parsed as DICOM; is it damaged?")
+    dataset = _dataset(path, with_pixels)
+    return dataset, _slices(path, dataset)
 
 
 def _dataset(path, with_pixels):
@@ -308,22 +212,11 @@ def _slice(path, dataset, frame, patient, names):
     kernel = _find(dataset, frame, "CTReconstructionSequence", "ConvolutionKernel") or ""
     kernel = kernel if isinstance(kernel, str) else "/".join(map(str, kernel))
     return Slice(
-        path=path,
-        frame=frame,
-        patient=patient,
-        series=str(dataset.SeriesInstanceUID),
-        position=float(position),
-        number=int(dataset.get("InstanceNumber") or 0),
-        size=int(dataset.Rows),
-        spacing=spacing[0],
+        path=path, frame=frame, patient=patient, series=str(dataset.SeriesInstanceUID), names=names,
+        position=float(position), number=int(dataset.get("InstanceNumber") or 0), size=int(dataset.Rows),
+        spacing=spacing[0], slope=slope, intercept=intercept, orientation=tuple(orientation), corner=tuple(corner),
         kernel=re.sub(r"[^\w .,/+-]", "", kernel)[:32],
-        names=names,
-        warning="was compressed with loss; kept" if _is_lossy(dataset) else "",
-        slope=slope,
-        intercept=intercept,
-        orientation=tuple(orientation),
-        corner=tuple(corner),
-    )
+        warning="was compressed with loss; kept" if _is_lossy(dataset) else "")
 
 
 def _find(dataset, frame, group, keyword):

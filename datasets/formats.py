@@ -9,10 +9,11 @@ import numpy as np
 from PIL import Image
 
 from datasets import dicom
-from datasets.dicom import Refused, Slice, guarded
+from datasets.series import LeftOut, Refused, Slice, refuse_on_error
 from utils.units import HU_RANGE
 
 NIFTI, ARRAYS = (".nii", ".nii.gz"), (".npy", ".png")
+BAD_NIFTI = "cannot be read as NIfTI; is it damaged?"
 COMPANIONS = {"LICENSE", "NOTICE", "README.md", "metadata.csv", "index.csv", "manifest.csv", "report.csv", ".DS_Store"}
 
 
@@ -37,9 +38,9 @@ def resize_hu(hu: np.ndarray, size: int) -> np.ndarray:
 def load(path: str) -> np.ndarray:
     """All slices of a file of any format: (N, H, W) HU, not yet clipped. Raises Refused or LeftOut."""
     if path.lower().endswith(NIFTI):
-        return guarded(lambda: _load_nifti(path), "cannot be read as NIfTI; is it damaged?")
+        return _load_nifti(path)
     if path.lower().endswith(ARRAYS):
-        return guarded(lambda: _load_array(path), "cannot be read; is it truncated or damaged?")
+        return _load_array(path)
     return dicom.read_hu(path)
 
 
@@ -49,11 +50,13 @@ def _open_nifti(path):
     return nibabel.as_closest_canonical(nibabel.load(path))
 
 
+@refuse_on_error(BAD_NIFTI)
 def _load_nifti(path):
     image = _open_nifti(path)  # axes run right, front, head; slices are (head, back, left)
     return np.asanyarray(image.dataobj).reshape(image.shape[:3])[::-1, ::-1].transpose(2, 1, 0)
 
 
+@refuse_on_error("cannot be read; is it truncated or damaged?")
 def _load_array(path):
     if path.lower().endswith(".png"):
         with Image.open(path) as image:
@@ -70,7 +73,7 @@ def _load_array(path):
 def scan(path: str) -> list[Slice]:
     """The slices of a file of any format, without pixels where possible. Raises Refused or LeftOut."""
     if path.lower().endswith(NIFTI):
-        return guarded(lambda: _scan_nifti(path), "cannot be read as NIfTI; is it damaged?")
+        return _scan_nifti(path)
     if not path.lower().endswith(ARRAYS):
         return dicom.read_header(path)
     count, rows, columns = load(path).shape
@@ -81,6 +84,7 @@ def scan(path: str) -> list[Slice]:
     return [Slice(path, frame, number=first + frame, size=rows) for frame in range(count)]
 
 
+@refuse_on_error(BAD_NIFTI)
 def _scan_nifti(path):
     image = _open_nifti(path)
     if len(image.shape) < 3 or np.prod(image.shape[3:]) != 1 or image.get_data_dtype().kind not in "iuf":
@@ -105,6 +109,6 @@ def examine(path: str) -> tuple[list[Slice], list[tuple[str, str, str]]]:
     try:
         slices = scan(path)
     except Refused as error:
-        status = "left out" if os.path.basename(path) in COMPANIONS else error.status
-        return [], [(path, status, str(error))]
+        verdict = LeftOut.verdict if os.path.basename(path) in COMPANIONS else error.verdict
+        return [], [(path, verdict, str(error))]
     return slices, [(path, "warning", slices[0].warning)] if slices[0].warning else []

@@ -11,19 +11,16 @@ Anything else (other layouts, other splits, NIfTI) is for `python -m datasets.pr
 """
 
 import os
-import sys
-
-if not __package__:  # run as a file: imports start at the repository, not in this folder, where inspect.py would shadow
-    sys.path[0] = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-
-import argparse
 import re
-from collections import defaultdict
+import sys
 from dataclasses import replace
 from pathlib import Path
 
-from datasets.dicom import Slice, order_series
-from datasets.prepare import Output, read_headers, write_all
+from datasets.archive import group_series, read_headers
+from datasets.prepare import Output, parse_and_check, write_all
+from datasets.series import Slice, order_series
+from utils.cli import Parser, script
+from utils.errors import InputError
 
 TEST, VALIDATION = "L506", "L333"
 
@@ -41,19 +38,20 @@ def split_slices(slices: list[Slice], split: str) -> list[tuple[str, Slice]]:
 
 
 def preprocess(root: Path, out: Path, split: str, size: int, workers: int) -> int:
-    """The whole of `python -m datasets.preprocess_aapm`; returns the exit status, 1 when a file was refused."""
+    """The whole of `python -m datasets.preprocess_aapm`; returns the exit status, 1 when a file was refused.
+
+    Raises InputError where `root` has another layout.
+    """
     folders = sorted(folder for folder in root.glob("L[0-9][0-9][0-9]/full_1mm") if folder.is_dir())
     if not folders:
-        sys.exit(f"{root} holds no L067/full_1mm or the like; expected one folder a patient holding a folder full_1mm "
-                 "with .IMA files. For other layouts use python -m datasets.prepare.")
+        raise InputError(f"{root} holds no L067/full_1mm or the like; expected one folder a patient holding a folder "
+                         "full_1mm with .IMA files. For other layouts use python -m datasets.prepare.")
     slices, shown, problems = read_headers([str(folder) for folder in folders], out, workers)
     shown = {path: os.path.relpath(path, root) for path in shown}
-    series = defaultdict(list)
-    for one in slices:  # the folder is the patient, whatever the file says
-        patient = Path(shown[one.path]).parts[0]
-        series[patient, one.series].append(replace(one, patient=patient))
+    # The folder is the patient, whatever the file says.
+    slices = [replace(one, patient=Path(shown[one.path]).parts[0]) for one in slices]
     kept = []
-    for _, group in sorted(series.items()):
+    for group in group_series(slices):
         ordered, notes = order_series(group)
         kept += ordered
         problems += notes
@@ -69,18 +67,12 @@ def preprocess(root: Path, out: Path, split: str, size: int, workers: int) -> in
     return write_all(list(outputs.values()), out, shown, options, workers, problems, hide=str)
 
 
+@script
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser("python -m datasets.preprocess_aapm", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser("python -m datasets.preprocess_aapm", __doc__)
     parser.add_argument("root", metavar="AAPM", type=Path, help="folder that holds L067/full_1mm and the like")
-    parser.add_argument("--out", metavar="DIR", type=Path, required=True, help="where the slices go")
-    parser.add_argument("--split", choices=("patient", "aapm-published"), default="patient")
-    parser.add_argument("--size", type=int, default=256, help="side of a slice in pixels (default: %(default)s)")
-    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes (default: all cores)")
-    args = parser.parse_args(argv)
-    if not 8 <= args.size <= 4096 or args.workers < 1 or args.out.is_file():
-        parser.error("--size must lie between 8 and 4096, --workers be at least 1, and --out be no file")
-    return preprocess(**vars(args))
+    parser.add_argument("--split", choices=("patient", "aapm-published"), default="patient", help="which of the two")
+    return preprocess(**vars(parse_and_check(parser, argv)))
 
 
 if __name__ == "__main__":

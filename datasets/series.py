@@ -1,54 +1,88 @@
-"""One series of slices, in order, from a folder or file of any format."""
+"""What a slice is, what makes a file unusable, and the order of a series. Plain data: no file format is known here."""
 
-import csv
-import sys
-from collections import defaultdict
-from dataclasses import replace
-from pathlib import Path
+import statistics
+import warnings
+from collections import Counter
+from contextlib import contextmanager
+from dataclasses import dataclass
 
-from datasets.dicom import Slice, hider, order_series
-from datasets.prepare import name_patients, read_headers
+from utils.errors import InputError
 
 
-def find_series(path: Path, out: Path, number: int | None = None) -> tuple[list[Slice], list[str], list[tuple]]:
-    """(slices from feet to head, how each is called in messages, problems as (name, status, reason)).
+class Refused(InputError):
+    """The file cannot become HU slices; the message is the reason, a sentence whose subject is the file."""
 
-    number: which of several series, from 1. Files below `out` are not read. Exits with a sentence where there is no
-    series, or several and no number.
+    verdict = "refused"
+
+
+class LeftOut(Refused):
+    """The file is sound but is not an original CT slice (a localiser, a derived image); the message is the reason."""
+
+    verdict = "left out"
+
+
+@dataclass(frozen=True)
+class Slice:
+    """One slice of one file: where it is and what is known of it before its pixels are read."""
+
+    path: str
+    frame: int = 0                   # index within the file
+    patient: str = ""
+    series: str = ""
+    position: float | None = None    # mm along the normal, growing towards the head; None where the file does not say
+    number: int = 0                  # instance number: orders what position cannot
+    size: int = 0                    # side in pixels
+    spacing: float | None = None     # mm between pixel centres
+    kernel: str = ""
+    names: tuple[str, ...] = ()      # words that identify the patient
+    warning: str = ""
+    slope: float = 1.0
+    intercept: float = 0.0
+    orientation: tuple[float, ...] = (1, 0, 0, 0, 1, 0)
+    corner: tuple[float, ...] | None = None  # ImagePositionPatient: mm of the first pixel's centre as stored
+
+
+@contextmanager
+def refuse_on_error(reason: str):
+    """Turns anything that the block, or the function it decorates, raises into Refused(reason).
+
+    Damaged bytes make parsers and decoders raise almost anything. Whatever it is, the file is bad. Only the type of
+    the exception is told: its message may quote a patient's field.
     """
-    slices, shown, problems = read_headers([str(path)], out, workers=1)
-    slices = name_patients(_with_manifest(slices))
-    series = defaultdict(list)
-    for one in slices:
-        series[one.patient, one.series].append(one)
-    groups = [group for _, group in sorted(series.items())]
-    hide = hider(slices, keep=False)
-    if not groups:
-        reasons = "; ".join(f"{hide(shown.get(name, name))} {reason}" for name, _, reason in problems[:3])
-        sys.exit(f"{path} holds no slices that can be used" + f" ({reasons})." * bool(reasons))
-    if number is None and len(groups) > 1 or number is not None and not 1 <= number <= len(groups):
-        names = ", ".join(f"{i}: {len(group)} slices of {hide(Path(shown[group[0].path]).parent.as_posix())}"
-                          for i, group in enumerate(groups, 1))
-        sys.exit(f"{path} holds {len(groups)} series ({names}); choose one by --series.")
-    kept, more = order_series(groups[(number or 1) - 1])
-    names = [hide(shown[one.path]) + (f", frame {one.frame}" if one.frame else "") for one in kept]
-    return kept, names, [(hide(shown.get(name, name)), *rest) for name, *rest in problems + more]
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    except Refused:
+        raise
+    except Exception as error:
+        raise Refused(f"{reason} ({type(error).__name__})") from error
 
 
-def _with_manifest(slices: list[Slice]) -> list[Slice]:
-    """Spacing and position of slices that do not tell, from a manifest.csv that datasets.prepare wrote beside them."""
-    told = {}
-    for folder in {Path(one.path).parent for one in slices if one.spacing is None}:
-        if (folder / "manifest.csv").is_file():
-            with open(folder / "manifest.csv", newline="") as file:
-                told |= {(str(folder / row["file"]), row["file"], int(row.get("index") or 0)): row
-                         for row in csv.DictReader(file)}
-    frames = {one.path for one in slices if one.frame}  # the index of a single slice counts its patient's slices
+def order_series(slices: list[Slice]) -> tuple[list[Slice], list[tuple[str, str, str]]]:
+    """The slices of one series from feet to head, and what is wrong with it as (path, status, reason).
 
-    def fill(one):
-        row = told.get((one.path, Path(one.path).name, one.frame if one.path in frames else 0), {})
-        numbers = {key: float(row[column]) for key, column in {"spacing": "spacing_mm", "position": "position"}.items()
-                   if row.get(column)}
-        return replace(one, **numbers)
-
-    return [fill(one) for one in slices]
+    A slice of another size than most is refused, one at a position that is already taken is left out (the lowest
+    instance number stays), a gap is a warning. Slices without positions are ordered by number and not compared.
+    """
+    ordered = sorted(slices, key=lambda one: (one.position or 0.0, one.number, one.path, one.frame))
+    if any(one.position is None for one in ordered):
+        return ordered, []
+    kept, problems = [], []
+    size = Counter(one.size for one in ordered).most_common(1)[0][0]
+    for one in ordered:
+        if one.size != size:
+            reason = f"has {one.size} pixels a side where most of its series has {size}"
+            problems.append((one.path, "refused", reason))
+        elif kept and one.position - kept[-1].position < 0.01:
+            reason = f"repeats position {one.position:g} mm of its series; the lowest instance number is used"
+            problems.append((one.path, "left out", reason))
+        else:
+            kept.append(one)
+    steps = [after.position - before.position for before, after in zip(kept, kept[1:], strict=False)]
+    usual = statistics.median(steps) if steps else 0.0
+    for before, step in zip(kept, steps, strict=False):
+        if step > 1.5 * usual:
+            reason = f"is followed by a gap of {step:g} mm where {usual:g} mm is usual: slices are missing"
+            problems.append((before.path, "warning", reason))
+    return kept, problems

@@ -24,7 +24,7 @@ from pathlib import Path
 import numpy as np
 import pydicom
 
-from datasets.dicom import Refused, guarded
+from datasets.series import Refused, refuse_on_error
 
 FIELDS = {
     "pitch": 0x70291002, "shape": 0x7029100B, "rows": 0x70291010, "columns": 0x70291011, "angle": 0x70311001,
@@ -54,9 +54,10 @@ def read_sinograms(path: Path, dataset: str | None = None):
     if path.is_dir() or is_projections(path):
         return _read_projections(path)
     if path.suffix.lower() == ".npy":
-        array = guarded(lambda: np.load(path, mmap_mode="r", allow_pickle=False), "is no whole .npy array")
+        with refuse_on_error("is no whole .npy array"):
+            array = np.load(path, mmap_mode="r", allow_pickle=False)
     elif path.suffix.lower() in (".h5", ".hdf5"):
-        array = guarded(lambda: _open_h5(path, dataset), "is no whole HDF5 file")
+        array = _open_h5(path, dataset)
     else:
         raise Refused("is no sinogram this program reads (.npy, .h5, or a folder of DICOM-CT-PD files)")
     if array.ndim not in (2, 3) or array.dtype.kind not in "iuf" or 0 in array.shape:
@@ -65,6 +66,7 @@ def read_sinograms(path: Path, dataset: str | None = None):
     return array if array.ndim == 3 else array[:][None], {}
 
 
+@refuse_on_error("is no whole HDF5 file")
 def _open_h5(path, dataset):
     import h5py  # only these files need it
 
@@ -76,8 +78,10 @@ def _open_h5(path, dataset):
     return found[fitting[0]]
 
 
+@refuse_on_error("cannot be parsed as DICOM; is it damaged?")
+@pydicom.config.disable_value_validation()
 def _header(file):
-    return guarded(lambda: pydicom.dcmread(file, defer_size=1024), "cannot be parsed as DICOM; is it damaged?")
+    return pydicom.dcmread(file, defer_size=1024)
 
 
 def _value(view, name):
@@ -87,20 +91,22 @@ def _value(view, name):
             return None
         raise Refused(f"lacks the tag {pydicom.tag.Tag(FIELDS[name])} of the DICOM-CT-PD format")
     value = view[FIELDS[name]].value
-    if name == "shape":
-        return (value.decode("ascii", "replace") if isinstance(value, bytes) else str(value)).strip("\0 ").upper()
-    if isinstance(value, bytes) and name in ("rows", "columns"):
-        value = struct.unpack("<H", value)[0]
-    elif isinstance(value, bytes) and name != "water":  # water is a decimal string
-        value = struct.unpack(f"<{len(value) // 4}f", value)
+    if isinstance(value, bytes) and name in ("shape", "water"):  # text, and a decimal string
+        value = value.decode("ascii", "replace")
     elif isinstance(value, bytes):
-        value = value.decode("ascii").strip("\0 ")
+        value = struct.unpack("<H" if name in ("rows", "columns") else f"<{len(value) // 4}f", value)
+    if isinstance(value, str):
+        value = value.strip("\0 ")
+    if name == "shape":
+        return str(value).upper()
     values = [float(x) for x in (value if isinstance(value, pydicom.multival.MultiValue | tuple | list) else [value])]
     if not np.isfinite(values).all():
         raise Refused(f"has {values} in the tag {pydicom.tag.Tag(FIELDS[name])}; expected finite numbers")
     return values[0] if len(values) == 1 else tuple(values)
 
 
+@refuse_on_error("cannot be read as a DICOM-CT-PD view")
+@pydicom.config.disable_value_validation()
 def _read_view(file):
     """(instance number, fields, line integrals (columns,), DataCollectionDiameter) of one view."""
     view = _header(file)
@@ -119,7 +125,7 @@ def _read_projections(path):
     for file in sorted(path.iterdir()) if path.is_dir() else [path]:
         if file.is_file() and pydicom.misc.is_dicom(file):
             try:
-                views.append(guarded(lambda f=file: _read_view(f), "cannot be read as a DICOM-CT-PD view"))
+                views.append(_read_view(file))
             except Refused as error:  # a missing view would leave a gap that nobody sees: refuse the scan
                 raise Refused(f"cannot be used: {file.name} {error}") from None
     if not views:

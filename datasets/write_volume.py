@@ -12,7 +12,9 @@ import numpy as np
 import pydicom
 from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian, generate_uid
 
-from datasets.dicom import Slice, guarded, pseudonym, standard_corner
+from datasets.dicom import standard_corner
+from datasets.privacy import pseudonym
+from datasets.series import Slice, refuse_on_error
 from utils.files import atomic
 
 # What a series shares with the original, attribute by attribute: anything else, private tags too, stays behind.
@@ -25,6 +27,11 @@ SCAN = ("PatientSex", "PatientAge", "PatientPosition", "BodyPartExamined", "KVP"
 EMPTY = ("PatientName", "PatientID", "PatientBirthDate", "PatientSex", "StudyDate", "StudyTime", "AccessionNumber",
          "ReferringPhysicianName", "StudyID", "PositionReferenceIndicator", "SliceThickness", "KVP",
          "AcquisitionNumber")  # DICOM wants them there, even without a value (type 2)
+IMAGE = {"SpecificCharacterSet": "ISO_IR 192", "SOPClassUID": CTImageStorage, "Modality": "CT",
+         "ImageType": ["DERIVED", "SECONDARY", "AXIAL"], "Manufacturer": "CvG-Diff", "SamplesPerPixel": 1,
+         "PhotometricInterpretation": "MONOCHROME2", "BitsAllocated": 16, "BitsStored": 12, "HighBit": 11,
+         "PixelRepresentation": 0, "RescaleSlope": 1, "RescaleIntercept": -1024, "RescaleType": "HU",
+         "WindowCenter": 50, "WindowWidth": 500}
 
 
 @dataclass(frozen=True)
@@ -97,37 +104,29 @@ def series_header(about: str, series_uid: str, original: pydicom.Dataset | None,
     With an original, the series belongs to its patient, study and frame of reference. With `deidentify` the pseudonym
     takes the place of name and ID, dates and all else in PATIENT and STUDY are dropped, and UIDs become hashes.
     """
+    alone, original = original is None, pydicom.Dataset() if original is None else original
     header = pydicom.Dataset()
     header.update({name: "" for name in EMPTY})
-    if original is not None:
-        for name in SCAN if deidentify else PATIENT + STUDY + SCAN:
-            if name in original and original[name].VR != "SQ":
-                setattr(header, name, original[name].value)
-    uids = {name: original.get(name) if original is not None else None
-            for name in ("StudyInstanceUID", "FrameOfReferenceUID")}
-    for name, uid in uids.items():
+    for name in SCAN if deidentify else PATIENT + STUDY + SCAN:
+        if name in original and original[name].VR != "SQ":
+            setattr(header, name, original[name].value)
+    for name in ("StudyInstanceUID", "FrameOfReferenceUID"):
+        uid = original.get(name)
         new = generate_uid(entropy_srcs=[series_uid if uid is None else uid, name])
         setattr(header, name, new if uid is None or deidentify else uid)
-    if deidentify or original is None:
+    if deidentify or alone:
         header.PatientName, header.PatientID = f"{patient}^", patient
     if deidentify:
         header.PatientIdentityRemoved = "YES"
         header.DeidentificationMethod = "Only scan attributes kept, UIDs hashed"
-    header.SpecificCharacterSet = "ISO_IR 192"
-    header.SOPClassUID, header.Modality = CTImageStorage, "CT"
-    header.ImageType = ["DERIVED", "SECONDARY", "AXIAL"]
+    header.update(IMAGE)
     header.SeriesInstanceUID = series_uid
-    header.SeriesNumber = 1000 + int((original.get("SeriesNumber") if original is not None else 0) or 0)
+    header.SeriesNumber = 1000 + int(original.get("SeriesNumber") or 0)
     header.SeriesDescription = about.partition(";")[0][:64]
     header.DerivationDescription = about[:1024]
-    header.Manufacturer = "CvG-Diff"
     header.setdefault("PatientPosition", "HFS")
     if "BodyPartExamined" not in header:
         header.Laterality = ""  # wanted, without a value, where nothing says that the part is not one of a pair
-    header.SamplesPerPixel, header.PhotometricInterpretation = 1, "MONOCHROME2"
-    header.BitsAllocated, header.BitsStored, header.HighBit, header.PixelRepresentation = 16, 12, 11, 0
-    header.RescaleSlope, header.RescaleIntercept, header.RescaleType = 1, -1024, "HU"
-    header.WindowCenter, header.WindowWidth = 50, 500
     return header
 
 
@@ -151,9 +150,11 @@ def write_dicom(path: Path, header: pydicom.Dataset, hu: np.ndarray, place: Plac
         file.save_as(partial, enforce_file_format=True)
 
 
+@refuse_on_error("cannot be parsed as DICOM")
+@pydicom.config.disable_value_validation()
 def read_original(path: str) -> pydicom.Dataset:
     """The attributes of an original DICOM file, without its pixels. Raises Refused."""
-    return guarded(lambda: pydicom.dcmread(path, stop_before_pixels=True, force=True), "cannot be parsed as DICOM")
+    return pydicom.dcmread(path, stop_before_pixels=True, force=True)
 
 
 def anonymous(one: Slice) -> str:

@@ -14,7 +14,8 @@ from test_prepare import reasons, run
 
 from datasets import dicom
 from datasets.formats import resize_hu, scan
-from datasets.prepare import convert
+from datasets.prepare import Output, convert
+from datasets.series import Refused
 
 SHARED = Path(os.environ.get("CVG_SHARED", "/nonexistent"))
 
@@ -42,7 +43,7 @@ def test_other_ratios_do_not_alias_and_keep_the_place():
     for size in (32, 40, 128):
         resized = resize_hu(edge, size)
         np.testing.assert_allclose(resized + resized[:, ::-1], 0, atol=1)  # the edge stays in the middle
-    with pytest.raises(dicom.Refused, match="NaN"):
+    with pytest.raises(Refused, match="NaN"):
         resize_hu(np.full((4, 4), np.nan), 4)
 
 
@@ -92,7 +93,7 @@ def test_multiframe_enhanced_ct(tmp_path):
     assert volume.shape == (3, 8, 8) and volume.dtype == np.int16
     np.testing.assert_array_equal(volume[0], resize_hu(2.0 * pixels[1] - 1000, 8))
     make_dicom(tmp_path / "n.dcm", pixels=pixels, NumberOfFrames=3)
-    with pytest.raises(dicom.Refused, match="3 frames but positions for 0"):
+    with pytest.raises(Refused, match="3 frames but positions for 0"):
         dicom.read_header(str(tmp_path / "n.dcm"))
 
 
@@ -254,7 +255,7 @@ def test_original_files_read_as_pydicom_says(tmp_path):
         np.testing.assert_allclose(dicom.read_hu(str(path))[0], want, atol=1e-3)
         png = SHARED / f"data/ct256/test/LIDC-IDRI-0001_{dataset.InstanceNumber - 1:03d}.png"
         if dataset.PatientID == "LIDC-IDRI-0001":
-            convert(([(str(tmp_path / "one.npy"), scan(str(path)))], 256, False))
+            convert([Output("", "one.npy", "", scan(str(path)))], tmp_path, 256, False)
             assert abs(np.load(tmp_path / "one.npy") + 1024 - np.asarray(Image.open(png)).astype(int)).max() == 0
             (tmp_path / "one.npy").unlink()
     assert len(files) == 16

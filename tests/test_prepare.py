@@ -1,11 +1,13 @@
-"""Folders to slices for training: resuming, splits, privacy, processes that die, the scripts around it."""
+"""Folders to slices for training: resuming, stopping, splits, privacy, the scripts around it."""
 
 import csv
-import multiprocessing
 import os
+import resource
+import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -13,13 +15,15 @@ import pytest
 from conftest import ROOT, make_dicom, make_series
 from PIL import Image
 
-from datasets import dicom, inspect, preprocess_aapm
-from datasets.prepare import main, parallel, split_patients, time_limit
+from datasets import look, preprocess_aapm
+from datasets.prepare import main, prepare, split_patients
+from datasets.series import Slice
 from datasets.slices import patient_of
+from utils.errors import InputError, RunFolderError
 
 
 def table(path):
-    with open(path, newline="") as file:
+    with open(path, newline="", encoding="utf-8") as file:
         return list(csv.DictReader(file))
 
 
@@ -28,6 +32,13 @@ def run(tmp_path, *options, source="in", out="out"):
     status = main([str(tmp_path / source), "--out", str(tmp_path / out), "--size", "8", "--workers", "1", *options])
     rows = [row for path in sorted((tmp_path / out).glob("*/manifest.csv")) for row in table(path)]
     return status, table(tmp_path / out / "report.csv"), rows
+
+
+def refuses(capsys, text, main, *args):
+    """Whether a script ends with status 1 and a sentence that holds `text`."""
+    with pytest.raises(SystemExit) as stop:
+        main(*args)
+    return stop.value.code == 1 and text in capsys.readouterr().err
 
 
 def reasons(report, status="refused"):
@@ -56,7 +67,7 @@ def test_splits_are_by_patient_and_deterministic():
     assert split_patients(["A", "B", "C"], ["train=*", "test=B"], 0) == {"A": "train", "B": "test", "C": "train"}
     assert split_patients(["A", "B", "C"], ["val=A"], 0) == {"A": "val"}
     for split in (["0.5", "0.2", "0.1"], ["nan", "0.5", "0.5"], ["1"], ["train=A", "0.5"], ["test=Z"]):
-        with pytest.raises(SystemExit, match="--split"):
+        with pytest.raises(InputError, match="--split"):
             split_patients(["A"], split, 0)
 
 
@@ -77,7 +88,7 @@ def test_no_name_no_id_and_no_path_of_a_field_reaches_the_output(tmp_path, capfd
     assert all(path.resolve().is_relative_to(tmp_path / "named") for path in (tmp_path / "named").rglob("*.npy"))
 
 
-def test_a_second_run_does_only_what_is_missing_and_refuses_other_options(tmp_path):
+def test_a_second_run_does_only_what_is_missing_and_refuses_other_options(tmp_path, capsys):
     make_series(tmp_path / "in")
     assert run(tmp_path)[0] == 0
     files = sorted((tmp_path / "out").rglob("*.npy"))
@@ -89,15 +100,13 @@ def test_a_second_run_does_only_what_is_missing_and_refuses_other_options(tmp_pa
     assert lost.read_bytes() == content and (tmp_path / "out/train_img/manifest.csv").read_text() == manifest
     assert {path for path in files if path.stat().st_mtime_ns != before[path]} == {lost}
     for change in (["--volumes"], ["--seed", "1"], ["--split", "0", "0", "1"], ["--keep-names"]):
-        with pytest.raises(SystemExit, match="was made with another"):
-            run(tmp_path, *change)
+        assert refuses(capsys, "was made with another", run, tmp_path, *change)
     make_dicom(tmp_path / "in/new.dcm", ImagePositionPatient=[0, 0, -5])  # shifts every number
-    with pytest.raises(SystemExit, match="made from other input"):
-        run(tmp_path)
+    assert refuses(capsys, "made from other input", run, tmp_path)
     (tmp_path / "foreign/train_img").mkdir(parents=True)
     np.save(tmp_path / "foreign/train_img/x_000.npy", np.zeros((8, 8)))
-    with pytest.raises(SystemExit, match="made from other input"):
-        run(tmp_path, out="foreign")
+    with pytest.raises(RunFolderError, match="made from other input"):
+        prepare([str(tmp_path / "in")], tmp_path / "foreign", 8, ["0.8", "0.1", "0.1"], 0, False, False, 1)
     assert manifest == (tmp_path / "out/train_img/manifest.csv").read_text()
     for _ in range(2):  # an output inside the input is not read again
         assert len(run(tmp_path, out="in/prepared")[2]) == 5
@@ -115,44 +124,6 @@ def test_the_number_of_processes_changes_nothing(tmp_path):
     assert written[0] == written[1] and len(written[0]) == 38 + 3  # slices; manifest, report, record
 
 
-DEADLY = {3, 40, 41, 99}
-
-
-def _die(number):
-    if number in DEADLY:
-        os._exit(11)
-    return number
-
-
-def test_a_process_that_dies_costs_its_own_task_only():
-    assert parallel(_die, list(range(100)), 2, "dying") == [None if i in DEADLY else i for i in range(100)]
-
-
-def _fail(number):
-    if number == 50:
-        raise OSError(28, "No space left on device")
-    return number
-
-
-def test_what_a_process_raises_stops_the_run():
-    with pytest.raises(SystemExit, match="No space left on device.*the same command does the rest"):
-        parallel(_fail, list(range(100)), 2, "failing")
-    assert not multiprocessing.active_children()
-
-
-def _hang(number):
-    with time_limit(1):
-        while number == 3:
-            time.sleep(60)
-    return number
-
-
-def test_a_process_that_hangs_costs_its_own_task_only():
-    start = time.monotonic()
-    assert parallel(_hang, list(range(5)), 1, "hanging") == [0, 1, 2, None, 4]
-    assert time.monotonic() - start < 50
-
-
 def test_a_slice_that_fails_to_decode_is_named_and_the_others_are_written(tmp_path):
     make_series(tmp_path / "in")
     make_dicom(tmp_path / "in/2.dcm", ImagePositionPatient=[0, 0, 5], compress=True, damage=True)
@@ -161,18 +132,86 @@ def test_a_slice_that_fails_to_decode_is_named_and_the_others_are_written(tmp_pa
         assert status == 1 and len(rows) == 3 and "decode" in reasons(report)["2.dcm"]
 
 
+def command(tmp_path, *options):
+    return [sys.executable, "-m", "datasets.prepare", str(tmp_path / "in"), "--out", str(tmp_path / "out"), *options]
+
+
 def test_command_line(tmp_path):
     make_series(tmp_path / "in")
     (tmp_path / "in/empty.dcm").touch()
-    command = [sys.executable, "-m", "datasets.prepare", str(tmp_path / "in"), "--out", str(tmp_path / "out")]
-    done = subprocess.run([*command, "--size", "8", "--workers", "2"], capture_output=True, text=True, cwd=ROOT)
+    (tmp_path / "options").write_text("--size\n8\n--workers\n2\n")
+    done = subprocess.run(command(tmp_path, f"@{tmp_path / 'options'}"), capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 1 and "4 slices of 1 patient" in done.stdout and "1 refused" in done.stderr
     assert "Traceback" not in done.stderr
-    for extra in (["--size", "0"], ["--workers", "0"], ["--unknown"]):
-        assert subprocess.run([*command, *extra], capture_output=True, cwd=ROOT).returncode == 2
 
 
-def test_aapm_names_and_splits(tmp_path):
+def test_usage_errors_are_one_sentence(tmp_path, capsys):
+    (tmp_path / "file").touch()
+    argv = [str(tmp_path), "--out", str(tmp_path / "out")]
+    for extra, text in ((["--size", "0"], "8 to 4096"), (["--workers", "0"], "at least 1"), (["--none"], "--none"),
+                        (["--out", str(tmp_path / "file")], "is a file"), ([f"@{tmp_path / 'none'}"], "No such file")):
+        with pytest.raises(SystemExit) as stop:
+            main([*argv, *extra])
+        said = capsys.readouterr().err
+        assert stop.value.code == 2 and text in said and len(said.splitlines()) == 1, said
+
+
+@pytest.mark.parametrize("module", ["prepare", "preprocess_aapm", "look", "slices"])
+def test_help_and_slices_wait_for_no_heavy_import(module):
+    code = f"import sys, datasets.{module}; print({{'torch', 'numba', 'nibabel', 'matplotlib'}} & set(sys.modules))"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT).stdout == "set()\n"
+
+
+def written(tmp_path):
+    return {str(path.relative_to(tmp_path / "out")): path.read_bytes() for path in (tmp_path / "out").rglob("*")
+            if path.is_file()}
+
+
+def test_a_full_disk_ends_with_a_sentence_and_the_same_command_goes_on(tmp_path):
+    make_series(tmp_path / "in", 12)
+    full = subprocess.run(command(tmp_path, "--size", "64", "--workers", "2"), stderr=subprocess.PIPE, text=True,
+                          cwd=ROOT, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (5000, 5000)))
+    assert full.returncode == 1 and full.stderr.startswith("Stopped: writing failed (")
+    assert "does the rest" in full.stderr and len(full.stderr.splitlines()) == 1
+    assert written(tmp_path).keys() == {"prepare.json"}
+    assert subprocess.run(command(tmp_path, "--size", "64"), cwd=ROOT).returncode == 0
+    assert len(written(tmp_path)) == 12 + 3
+
+
+@pytest.mark.parametrize("sign", [signal.SIGINT, signal.SIGKILL])
+def test_a_run_that_is_stopped_leaves_no_process_and_the_same_command_goes_on(tmp_path, sign):
+    make_series(tmp_path / "in", 300)
+    whole = command(tmp_path, "--size", "128", "--workers", "2")
+    process = subprocess.Popen(whole, cwd=ROOT, start_new_session=True, stderr=subprocess.PIPE, text=True)
+    while process.poll() is None and len(list((tmp_path / "out").glob("*/*.npy"))) < 10:
+        time.sleep(0.01)
+    (os.killpg if sign == signal.SIGINT else os.kill)(process.pid, sign)  # Ctrl-C reaches the whole group
+    said = process.communicate(timeout=60)[1]
+    if sign == signal.SIGINT:
+        assert process.returncode == 130 and said.startswith("Stopped") and len(said.splitlines()) == 1
+        assert not list((tmp_path / "out").rglob("*.partial"))
+    end = time.monotonic() + 20
+    while (left := running(process.pid)) and time.monotonic() < end:
+        time.sleep(0.05)
+    if left:
+        os.killpg(process.pid, signal.SIGKILL)
+    assert not left
+    assert len(list((tmp_path / "out/train_img").glob("*.npy"))) < 300
+    assert subprocess.run(whole, cwd=ROOT).returncode == 0
+    assert len(written(tmp_path)) == 300 + 3
+
+
+def running(group):
+    """Numbers of the processes of a group that have not ended."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(OSError):  # it ends meanwhile
+            state, _, number = path.read_text().rpartition(")")[2].split()[:3]
+            found += [path.parent.name] * (int(number) == group and state != "Z")
+    return found
+
+
+def test_aapm_names_and_splits(tmp_path, capsys):
     numbers = {"L067": 6, "L333": 4, "L506": 3}
     for patient, count in numbers.items():
         for index in range(count):
@@ -187,24 +226,23 @@ def test_aapm_names_and_splits(tmp_path):
     assert [[len(files) for files in parts.values()] for parts in names.values()] == [[6, 4, 3], [9, 1, 3]]
     assert names["aapm-published"]["val"] == ["L333_FD_1_1.CT.0003.npy"]  # the cut goes through L333
     assert names["patient"]["test"][0] == "L506_FD_1_1.CT.0000.npy" and patient_of(names["patient"]["val"][0]) == "L333"
-    with pytest.raises(SystemExit, match="full_1mm"):
-        preprocess_aapm.main([str(tmp_path / "patient"), "--out", str(tmp_path / "z")])
+    assert refuses(capsys, "full_1mm", preprocess_aapm.main, [str(tmp_path / "patient"), "--out", str(tmp_path / "z")])
 
 
 def test_published_cut_has_the_published_numbers():
     counts = {"L067": 560, "L096": 823, "L109": 318, "L143": 585, "L192": 600, "L286": 525, "L291": 856, "L310": 533,
               "L333": 610, "L506": 526}
-    slices = [dicom.Slice(f"{p}_{i:04d}.IMA", patient=p) for p, n in counts.items() for i in range(n)]
+    slices = [Slice(f"{p}_{i:04d}.IMA", patient=p) for p, n in counts.items() for i in range(n)]
     parts = preprocess_aapm.split_slices(slices, "aapm-published")
     assert [sum(part == name for part, _ in parts) for name in ("train", "val", "test")] == [4869, 541, 526]
     assert sum(part == "train" and one.patient == "L333" for part, one in parts) == 69
 
 
-def test_inspect_tells_what_is_odd(tmp_path, capsys):
+def test_look_tells_what_is_odd(tmp_path, capsys):
     make_series(tmp_path / "in")
     make_series(tmp_path / "in/two", SeriesInstanceUID="1.9", PatientID="other", pixels=np.eye(16, dtype=np.uint16))
     run(tmp_path, "--split", "0.5", "0.5", "0")
-    assert inspect.main([str(tmp_path / "out")]) == 0
+    assert look.main([str(tmp_path / "out")]) == 0
     said = capsys.readouterr().out
     assert "4 slices in 4 files of 1 patients" in said and "8 x 8 int16" in said and "1.400" in said
     assert Image.open(tmp_path / "out/sheet.png").size[0] > 100
@@ -213,9 +251,8 @@ def test_inspect_tells_what_is_odd(tmp_path, capsys):
     np.save(first, np.zeros((8, 8), np.int16))
     np.save(second, np.full((8, 8), np.nan))
     third.rename(tmp_path / "out/val_img" / third.name)
-    inspect.main([str(tmp_path / "out")])
+    look.main([str(tmp_path / "out")])
     said = capsys.readouterr().out
     for text in ("0 HU everywhere", "NaN", "differs from the hash", "is not there", "not in manifest", "share patient"):
         assert text in said, text
-    with pytest.raises(SystemExit, match="no .npy files"):
-        inspect.main([str(tmp_path)])
+    assert refuses(capsys, "no .npy files", look.main, [str(tmp_path)])

@@ -1,10 +1,8 @@
-"""A look at prepared data: `python -m datasets.inspect DIR` prints what it holds and what is odd, and draws a sheet.
+"""A look at prepared data: `python -m datasets.look DIR` prints what it holds and what is odd, and draws a sheet.
 
 DIR holds train_img/, val_img/, test_img/ or is one folder of .npy files: HU slices (H, H) or volumes (N, H, H).
 """
 
-import argparse
-import csv
 import hashlib
 import sys
 from collections import Counter, defaultdict
@@ -14,21 +12,15 @@ import numpy as np
 from PIL import Image, ImageDraw
 from tqdm import tqdm
 
-from datasets.slices import patients_of
+from datasets.slices import patients_of, read_manifest
+from utils.cli import Parser, script
+from utils.errors import InputError
 from utils.files import atomic
 from utils.units import HU_RANGE
 
 BANDS = (HU_RANGE[0], -950, -200, -20, 20, 100, 300, 1000, HU_RANGE[1] + 1)
 NAMES = ("air", "lung", "fat", "water", "soft tissue", "contrast, spongy bone", "bone", "dense bone, metal")
 WINDOW = (-1000, 1000)  # HU shown black and white on the sheet
-
-
-def read_manifest(folder: Path) -> dict[str, dict[str, str]]:
-    """{file: row} of folder/manifest.csv; of a volume, the row of its first slice. Empty where there is none."""
-    if not (folder / "manifest.csv").is_file():
-        return {}
-    with open(folder / "manifest.csv", newline="", encoding="utf-8") as file:
-        return {row["file"]: row for row in reversed(list(csv.DictReader(file)))}
 
 
 def oddities(hu: np.ndarray) -> list[str]:
@@ -47,53 +39,74 @@ def oddities(hu: np.ndarray) -> list[str]:
     ) if odd]
 
 
-def inspect(folder: Path) -> tuple[list[str], dict, list[np.ndarray]]:
-    """Print the statistics of one folder; returns (what is odd, {content or patient: its name}, 8 slices to draw)."""
-    files, manifest = sorted(folder.glob("[!.]*.npy")), read_manifest(folder)
-    odd = [f"{folder.name}/{name} of manifest.csv is not there" for name in manifest if not (folder / name).exists()]
-    sizes, counts, seen, chosen = Counter(), np.zeros(len(BANDS) - 1, int), {}, []
+def read_array(path: Path) -> tuple[np.ndarray | None, list[str]]:
+    """(the array, or None where it is none of HU; what is suspicious about it, in a few words each)."""
+    try:
+        hu = np.load(path, mmap_mode="r", allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        return None, [f"cannot be read ({type(error).__name__})"]
+    return hu if hu.dtype.kind in "iuf" and hu.ndim in (2, 3) and hu.size else None, oddities(hu)
+
+
+def check_manifest(folder: Path, rows: dict[str, dict[str, str]], digests: dict[str, str]) -> list[str]:
+    """What is odd about the rows {file: row} of a manifest, if there are any, beside the files' {file: sha256}."""
+    odd = [f"{name} of manifest.csv is not there" for name in rows if not (folder / name).exists()]
+    odd += [f"{name} has a pixel spacing of {row['spacing_mm']} mm" for name, row in rows.items()
+            if row.get("spacing_mm") and not 0.1 <= float(row["spacing_mm"]) <= 4]
+    for name, digest in digests.items() if rows else ():
+        if name not in rows:
+            odd.append(f"{name} is not in manifest.csv")
+        elif rows[name].get("sha256", digest) != digest:
+            odd.append(f"{name} differs from the hash in manifest.csv: it was changed")
+    return odd
+
+
+def look(folder: Path) -> tuple[list[str], list[tuple[str, str, str]], list[np.ndarray]]:
+    """Print the statistics of one folder; returns (what is odd, (folder/file, patient, sha256), 8 slices to draw)."""
+    files, odd, found, chosen, digests = sorted(folder.glob("[!.]*.npy")), [], [], [], {}
+    sizes, slices, counts = Counter(), Counter(), np.zeros(len(NAMES), int)
     wanted = set(np.linspace(0, len(files) - 1, 8).astype(int).tolist())
-    slices = defaultdict(int)
     for index, (path, patient) in enumerate(tqdm(list(zip(files, patients_of(files), strict=True)), disable=None)):
-        name = f"{folder.name}/{path.name}"
-        try:
-            hu = np.load(path, mmap_mode="r", allow_pickle=False)
-        except (OSError, ValueError, EOFError) as error:
-            odd.append(f"{name} cannot be read ({type(error).__name__})")
+        hu, reasons = read_array(path)
+        odd += [f"{path.name} {reason}" for reason in reasons]
+        if hu is None:
             continue
-        found = oddities(hu)
-        odd += [f"{name} {text}" for text in found]
-        if hu.dtype.kind not in "iuf" or hu.ndim not in (2, 3):
-            continue
+        digests[path.name] = hashlib.sha256(path.read_bytes()).hexdigest()
+        found.append((f"{folder.name}/{path.name}", patient, digests[path.name]))
         slices[patient] += len(hu) if hu.ndim == 3 else 1
         sizes[f"{hu.shape[-2]} x {hu.shape[-1]} {hu.dtype}"] += 1
         counts += np.histogram(np.clip(hu, *HU_RANGE), BANDS)[0]
-        if index in wanted and hu.size:
+        if index in wanted:
             chosen.append(np.asarray(hu[len(hu) // 2] if hu.ndim == 3 else hu, np.float32))
-        digest = hashlib.sha256(path.read_bytes()).hexdigest()
-        if digest in seen:
-            odd.append(f"{name} is the same as {seen[digest]}")
-        seen[digest] = name
-        row = manifest.get(path.name)
-        if manifest and row is None:
-            odd.append(f"{name} is not in manifest.csv")
-        elif row and row.get("sha256", digest) != digest:
-            odd.append(f"{name} differs from the hash in manifest.csv: it was changed")
-    print(f"\n{folder}: {sum(slices.values())} slices in {len(files)} files of {len(slices)} patients")
+    rows = {row["file"]: row for row in reversed(read_manifest(folder))}  # of a volume, the row of its first slice
+    print(f"\n{folder}: {slices.total()} slices in {len(files)} files of {len(slices)} patients")
+    spacings = [float(row["spacing_mm"]) for row in rows.values() if row.get("spacing_mm")]
+    print_statistics(slices, sizes, spacings, counts)
+    odd = [f"{folder.name}/{line}" for line in odd + check_manifest(folder, rows, digests)]
+    return odd + [f"{folder.name} mixes sizes or types: {', '.join(sizes)}"] * (len(sizes) > 1), found, chosen
+
+
+def print_statistics(slices: Counter, sizes: Counter, spacings: list[float], counts: np.ndarray) -> None:
+    """Print {patient: slices}, {size: files}, pixel spacings in mm and how many pixels lie in each of BANDS."""
     if slices:
         few, many = min(slices.values()), max(slices.values())
         print(f"  slices a patient: {few} to {many}, median {np.median(list(slices.values())):g}")
     print("  sizes: " + ", ".join(f"{size} ({count} files)" for size, count in sizes.most_common()))
-    if len(sizes) > 1:
-        odd.append(f"{folder.name} mixes sizes or types: {', '.join(sizes)}")
-    spacing = [float(row["spacing_mm"]) for row in manifest.values() if row.get("spacing_mm")]
-    if spacing:
-        print(f"  pixel spacing: {min(spacing):.3f} to {max(spacing):.3f} mm, median {np.median(spacing):.3f}")
-        odd += [f"{folder.name}/{name} has a pixel spacing of {row['spacing_mm']} mm" for name, row in manifest.items()
-                if row.get("spacing_mm") and not 0.1 <= float(row["spacing_mm"]) <= 4]
+    if spacings:
+        print(f"  pixel spacing: {min(spacings):.3f} to {max(spacings):.3f} mm, median {np.median(spacings):.3f}")
     for low, high, name, share in zip(BANDS, BANDS[1:], NAMES, counts / max(1, counts.sum()), strict=False):
         print(f"  {low:6d} .. {high - 1:5d} HU {share:6.1%} {'#' * round(40 * share):40s} {name}")
-    return odd, seen | {f"patient {patient}": folder.name for patient in slices}, chosen
+
+
+def shared(found: list[tuple[str, str, str]]) -> list[str]:
+    """Which files (folder/file, patient, sha256) are the same, and which patients are in several folders."""
+    odd, first, folders = [], {}, defaultdict(dict)
+    for name, patient, digest in found:
+        if first.setdefault(digest, name) != name:
+            odd.append(f"{name} is the same as {first[digest]}")
+        folders[patient][name.partition("/")[0]] = None
+    return odd + [f"{' and '.join(names)} share patient {patient}" for patient, names in folders.items()
+                  if len(names) > 1]
 
 
 def draw_sheet(rows: dict[str, list[np.ndarray]], path: Path, side: int = 160) -> None:
@@ -110,26 +123,23 @@ def draw_sheet(rows: dict[str, list[np.ndarray]], path: Path, side: int = 160) -
         sheet.save(partial, format="PNG")
 
 
+@script
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser("python -m datasets.inspect", description=__doc__)
+    parser = Parser("python -m datasets.look", __doc__)
     parser.add_argument("data", metavar="DIR", type=Path, help="prepared data, or one folder of .npy files")
     parser.add_argument("--sheet", metavar="PNG", type=Path, help="contact sheet to write (default: DIR/sheet.png)")
     args = parser.parse_args(argv)
     folders = [args.data / f"{part}_img" for part in ("train", "val", "test") if (args.data / f"{part}_img").is_dir()]
     folders = [folder for folder in folders or [args.data] if any(folder.glob("[!.]*.npy"))]
     if not folders:
-        sys.exit(f"{args.data} holds no .npy files, nor does a train_img/, val_img/ or test_img/ in it.")
-    odd, seen, rows = [], {}, {}
-    for folder in folders:
-        found, keys, rows[folder.name] = inspect(folder)
-        odd += found + [f"{keys[key]} and {seen[key]} share {key if ' ' in key else 'one slice'}"
-                        for key in sorted(keys.keys() & seen.keys())]
-        seen |= keys
+        raise InputError(f"{args.data} holds no .npy files, nor does a train_img/, val_img/ or test_img/ in it.")
+    odds, founds, pictures = zip(*map(look, folders), strict=True)
+    odd = sum(odds, []) + shared(sum(founds, []))
     print(f"\n{len(odd)} suspicious" + (":" if odd else ""))
     print("\n".join(f"  {line}" for line in odd[:50]) + (f"\n  and {len(odd) - 50} more" if len(odd) > 50 else ""))
-    if any(rows.values()):
+    if any(pictures):
         sheet = args.sheet or args.data / "sheet.png"
-        draw_sheet({name: slices for name, slices in rows.items() if slices}, sheet)
+        draw_sheet({folder.name: slices for folder, slices in zip(folders, pictures, strict=True) if slices}, sheet)
         print(f"Contact sheet: {sheet}")
     return 0
 
