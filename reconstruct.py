@@ -18,9 +18,9 @@ import numpy as np
 from pydicom.uid import generate_uid
 from tqdm import tqdm
 
-from datasets.dicom import Refused
+from datasets.archive import find_series
 from datasets.formats import ARRAYS, NIFTI, load, resize_hu
-from datasets.series import find_series
+from datasets.series import Refused
 from datasets.sinograms import is_projections, read_sinograms
 from datasets.write_volume import (
     Place,

@@ -10,7 +10,6 @@ something was refused (the rest is written) or nothing could be done.
 """
 
 import argparse
-import csv
 import hashlib
 import json
 import os
@@ -31,7 +30,7 @@ from datasets.privacy import pseudonym, pseudonymizer
 from datasets.series import Refused, Slice, order_series
 from utils.cli import Parser, script
 from utils.errors import InputError, RunFolderError, Stopped
-from utils.files import atomic
+from utils.files import atomic, hash16, write_table
 
 SPLITS = ("train", "val", "test")
 COLUMNS = ("file", "patient", "index", "series", "position", "spacing_mm", "kernel", "source", "sha256")
@@ -104,18 +103,11 @@ def _read_images(slices, size, failed):
     return images, problems
 
 
-def write_table(path: Path, header: tuple[str, ...], rows: list) -> None:
-    """Write a CSV file. Bytes of a path that are no text are escaped."""
-    with atomic(path) as temporary, open(temporary, "w", newline="", encoding="utf-8",
-                                         errors="backslashreplace") as file:
-        csv.writer(file, lineterminator="\n").writerows([header, *rows])
-
-
 def check_resume(out: Path, outputs: list[Output], shown: dict[str, str], options: dict) -> None:
     """Record what OUT will hold. Raises RunFolderError where it holds something else already."""
     def identity(one):
         files = [f"{shown[s.path]} {os.path.getsize(s.path)} {s.frame}" for s in one.slices]
-        return hashlib.sha256("\n".join(files).encode(errors="backslashreplace")).hexdigest()[:16]
+        return hash16("\n".join(files).encode(errors="backslashreplace"))
 
     plan = {f"{one.folder}/{one.name}": identity(one) for one in outputs}
     record = out / "prepare.json"
@@ -241,7 +233,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--split", nargs="+", default=["0.8", "0.1", "0.1"], metavar="PART",
                         help="fractions of patients for train, val and test (default: 0.8 0.1 0.1), or lists of "
                              "patients' IDs: train=* val=A test=B,C, where * stands for all others")
-    parser.add_argument("--seed", type=int, default=0, help="which patients go where with fractions (default: 0)")
+    parser.add_argument("--seed", type=int, default=0, help="which patients go where with fractions")
     parser.add_argument("--volumes", action="store_true",
                         help="one (N, size, size) array a series, to be memory-mapped (default: a file a slice)")
     parser.add_argument("--keep-names", action="store_true",

@@ -9,14 +9,14 @@ import pydicom
 import pytest
 import torch
 from conftest import run
+from datasets.scanner import fbp, make_scanner, projector, read_geometry, to_pixels, view_weights
+from models.measured import MeasuredDegradation, measured_consistency
 from pydicom.uid import ExplicitVRLittleEndian, ImplicitVRLittleEndian
+from utils.reconstruct import main
 
 from datasets.dicom import Refused
-from datasets.scanner import fbp, make_scanner, projector, read_geometry, to_pixels, view_weights
 from datasets.sinograms import is_projections, read_sinograms
 from models.degradation import Degradation
-from models.measured import MeasuredDegradation, measured_consistency
-from utils.reconstruct import main
 
 # Ellipses of a body without any symmetry: middle x, y (mm, right and down), half axes, turn, attenuation in water.
 BODY = [(0, 0, 150, 120, 0, 1.0), (40, 30, 30, 20, 0.4, 0.3), (-60, -20, 25, 40, -0.3, -0.5), (10, -60, 15, 15, 0, 0.8)]

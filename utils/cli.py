@@ -43,7 +43,8 @@ class _Formatter(argparse.RawDescriptionHelpFormatter):
     def _get_help_string(self, action):
         """The help with its default, unless it says that itself."""
         text = action.help or ""
-        said = "default" in text or action.default in (None, False, argparse.SUPPRESS) or not action.option_strings
+        said = "default" in text or not action.option_strings or any(
+            action.default is value for value in (None, False, argparse.SUPPRESS))
         default = " ".join(map(str, action.default)) if isinstance(action.default, list | tuple) else action.default
         return text if said else f"{text} (default: {default})".replace("%", "%%")
 
