@@ -114,7 +114,7 @@ _apply.register_autograd(_transposed, setup_context=_remember)
 
 
 class _Map(torch.autograd.Function):
-    """`_apply` outside of torch.compile, with what custom operators lack: forward derivatives and torch.func."""
+    """`_apply` with what custom operators lack: forward-mode derivatives and torch.func."""
 
     @staticmethod
     def forward(x, geometry, kernel, filter_name):
@@ -139,6 +139,9 @@ class _Map(torch.autograd.Function):
         return y.unflatten(0, x.shape[:2]), 0
 
 
+_map = torch.compiler.disable(_Map.apply)  # traced, it would lose its forward-mode derivative
+
+
 @torch.library.custom_op("torch_radon::fbp", mutates_args=())
 def _fbp(x: torch.Tensor, view_weights: torch.Tensor, geometry: str, filter_name: str) -> torch.Tensor:
     """backprojection(filter(forward(x))) of (B, H, W); precision as in `_apply`, no gradient."""
@@ -151,6 +154,11 @@ def _fbp(x: torch.Tensor, view_weights: torch.Tensor, geometry: str, filter_name
 @_fbp.register_fake
 def _(x, view_weights, geometry, filter_name):
     return x.new_empty(x.shape, dtype=view_weights.dtype)
+
+
+@torch.compiler.assume_constant_result  # compiled code is guarded by the level that this reads
+def _forward_mode() -> bool:
+    return torch.autograd.forward_ad._current_level >= 0
 
 
 def _checked(x, trailing: tuple[int | str, int | str], what: str) -> torch.Tensor:
@@ -168,7 +176,7 @@ def _checked(x, trailing: tuple[int | str, int | str], what: str) -> torch.Tenso
 
 def _linear(kernel: str, x: torch.Tensor, key: str, filter_name: str = "") -> torch.Tensor:
     """Apply a kernel over the last two dimensions; half precision is computed in float32."""
-    function = _apply if torch.compiler.is_compiling() else _Map.apply
+    function = _apply if torch.compiler.is_compiling() and not _forward_mode() else _map
     y = function(x.reshape(-1, *x.shape[-2:]), key, kernel, filter_name)
     return y.reshape(*x.shape[:-2], *y.shape[-2:]).to(x.dtype)
 
