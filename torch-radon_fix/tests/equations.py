@@ -43,7 +43,7 @@ def project(image, s, d, radius):
         first, last = (-b - q) / a, (-b + q) / a
     p = np.zeros((len(image), s.shape[1]))
     hit = np.flatnonzero(last > first)
-    o, ray = (s + first * d + v)[:, hit], ((last - first) * d)[:, hit]
+    o, ray = s[:, hit] + first[hit] * d[:, hit] + v, (last - first)[hit] * d[:, hit]
     length = np.hypot(*ray)
     p[:, hit] = along(image, o, ray, np.ceil(length))
     other, edge = p.copy(), np.flatnonzero(np.abs(length - np.round(length)) < 1e-9 * length)
