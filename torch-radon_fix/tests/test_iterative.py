@@ -65,7 +65,7 @@ def test_cg_gives_the_map_three_dimensions(x_shape, y_shape, seen):
     torch.testing.assert_close(found, (y / Scaled.factors).reshape(x_shape))
 
 
-def test_cgs_callback_of_two_arguments_gets_the_residual():
+def test_a_callback_of_two_arguments_gets_the_residual():
     A, y = lambda x: Scaled.factors * x, random_images(1, 8)  # noqa: E731
     _, pairs = cg(A, torch.zeros(1, 8, 8), y, callback=lambda x, r: (x, r), max_iter=4)
     for x, r in pairs:
@@ -73,5 +73,7 @@ def test_cgs_callback_of_two_arguments_gets_the_residual():
     _, both = cg(A, torch.zeros(1, 8, 8), y, callback=lambda *a: len(a), max_iter=4)
     _, one = cg(A, torch.zeros(1, 8, 8), y, callback=lambda x, truth=y: (x - truth).norm().item(), max_iter=4)
     _, kept = cg(A, torch.zeros(8, 8), y, callback=[].append, max_iter=4)
+    _, residuals = cgne(Scaled(), torch.zeros(1, 8, 8), y, callback=lambda x, r: (r - y + A(x)).norm(), max_iter=3)
+    assert len(residuals) == 3 and max(residuals) <= 1e-5
     assert len(pairs) == 4 and both == [2] * 4 and kept == [None] * 4
     assert one == [(x - y).norm().item() for x, _ in pairs]

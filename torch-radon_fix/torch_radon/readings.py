@@ -6,7 +6,6 @@ the sum is divided by k, rounded down and kept within 0 .. bins - 1.
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 
 from .noise import NoiseGenerator, check_signal, check_sinogram
 from .utils import save_arrays
@@ -25,7 +24,7 @@ def emulate_readings(x: torch.Tensor, signal: float, density_normalization: floa
                      generator: NoiseGenerator) -> torch.Tensor:
     """Photon counts of a sinogram, any shape, as int32: Poisson(exp(signal - x/density_normalization))."""
     check_sinogram(x, density_normalization=density_normalization)
-    return _photons(x / density_normalization, signal, generator).clamp_max(LARGEST_READING).int()
+    return _photons(x.double() / density_normalization, signal, generator).clamp_max(LARGEST_READING).int()
 
 
 @torch.no_grad()
@@ -76,7 +75,8 @@ def _probabilities(photons: torch.Tensor, normal_std: float, k: int, bins: int) 
     if reach:
         edges = torch.arange(-reach, reach + 2, dtype=torch.float64, device=photons.device) - 0.5
         normal = torch.special.ndtr(edges / normal_std).diff()
-        p = F.conv1d(p[None, None], normal[None, None], padding=2 * reach)[0, 0]
+        size = len(p) + 2 * reach
+        p = torch.fft.irfft(torch.fft.rfft(p, size) * torch.fft.rfft(normal, size), size).clamp_min(0)
     total = torch.arange(first - reach, last + reach + 1, device=photons.device)
     return (total // k).clamp(0, bins - 1), p
 
@@ -120,8 +120,8 @@ class ReadingsLookup:
 
     def __init__(self, radon, bins=4096, mu=None, sigma=None, ks=None, signals=None, normal_stds=None):
         self.radon, self.bins = radon, bins
-        self.mu, self.sigma = list(mu or []), list(sigma or [])
-        self.ks, self.signals, self.normal_stds = list(ks or []), list(signals or []), list(normal_stds or [])
+        self.mu, self.sigma, self.ks, self.signals, self.normal_stds = (
+            [] if values is None else list(values) for values in (mu, sigma, ks, signals, normal_stds))
 
     def add_lookup_table(self, sinogram, signal, normal_std, eps=0.01, eps_prob=0.99, eps_k=0.01, verbose=True):
         """Append a level: `compute_lookup_table` of these arguments."""

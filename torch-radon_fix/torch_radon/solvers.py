@@ -1,8 +1,9 @@
 """Iterative reconstruction with torch-radon's API: `Landweber`, `cg` and `cgne`, every sample stopping on its own.
 
 Images are (..., H, W), sinograms (..., views, bins). An operator is any object with forward and backward; where it has
-`transpose`, as ours do, that is used instead of backward. A `callback` is called with x after each iteration; with one,
-the result is (x, list of what it returned), else x. All are differentiable unless stated otherwise.
+`transpose`, as ours do, that is used instead of backward. A `callback` is called with x after each iteration, in cg and
+cgne with (x, residual) if it takes two arguments; the result is then (x, list of what it returned), else x. All are
+differentiable unless stated otherwise.
 """
 
 import contextlib
@@ -47,29 +48,31 @@ def _transpose(operator):
     return operator.transpose if hasattr(operator, "transpose") else operator.backward
 
 
-def _takes_two(callback) -> bool:
-    """Whether a callback wants (x, residual): it has two arguments without a default, or any number."""
+def _with_residual(callback):
+    """callback as a function of (x, residual): given both if it has two arguments without a default, or any number."""
     try:
         arguments = inspect.signature(callback).parameters.values()
     except (TypeError, ValueError):  # some built-in functions do not say
-        return False
+        arguments = ()
     wanted = [a for a in arguments if a.kind in (a.POSITIONAL_ONLY, a.POSITIONAL_OR_KEYWORD) and a.default is a.empty]
-    return len(wanted) == 2 or any(a.kind is a.VAR_POSITIONAL for a in arguments)
+    if len(wanted) == 2 or any(a.kind is a.VAR_POSITIONAL for a in arguments):
+        return callback
+    return lambda x, residual: callback(x)
 
 
 def cg(forward, x: torch.Tensor, y: torch.Tensor, callback=None, max_iter: int = 500, tol: float = 1e-5):
     """Conjugate gradients: solve forward(x) = y for a symmetric positive definite `forward`, from x, (..., H, W).
 
     x and y may differ in leading dimensions of 1; the result has x's shape. `forward` gets and gives (B, H, W); each
-    of the B is a sample of its own, which stops when |y - forward(x)| <= tol |y|. A callback of two arguments gets
-    (x, y - forward(x)). Raises ValueError where `forward` is found not to be positive definite.
+    of the B is a sample of its own, which stops when |y - forward(x)| <= tol |y|. Raises ValueError where `forward` is
+    found not to be positive definite.
     """
     shape, given = x.shape, (tuple(x.shape), tuple(y.shape))
     (x, _), (y, _) = _normalize_shape(x, 2), _normalize_shape(y, 2)
     if x.shape != y.shape or x.device != y.device:
         raise ValueError(f"x is {given[0]} on {x.device} and y is {given[1]} on {y.device}; expected as many images of "
                          "the same size on one device")
-    dims, both = (-2, -1), callback is not None and _takes_two(callback)
+    dims, report = (-2, -1), _with_residual(callback)
     r = y - forward(x)
     _check(r)
     p, rr, limit, values = r, _dot(r, r, dims), tol**2 * _dot(y, y, dims), []
@@ -88,7 +91,7 @@ def cg(forward, x: torch.Tensor, y: torch.Tensor, callback=None, max_iter: int =
         active = active & (rr > limit)
         p = r + _ratio(rr, previous, active) * p
         if callback is not None:
-            values.append(callback(x.reshape(shape), r.reshape(shape)) if both else callback(x.reshape(shape)))
+            values.append(report(x.reshape(shape), r.reshape(shape)))
     x = x.reshape(shape)
     return x if callback is None else (x, values)
 
@@ -106,7 +109,7 @@ def cgne(operator, x: torch.Tensor, y: torch.Tensor, callback=None, max_iter: in
     """
     _leading(x, y)
     dims, target_weights = (-2, -1), weights if target_weights is None else target_weights
-    transpose = _transpose(operator)
+    transpose, report = _transpose(operator), _with_residual(callback)
     start, r = x, y - operator.forward(x)
     _check(r)
 
@@ -134,7 +137,7 @@ def cgne(operator, x: torch.Tensor, y: torch.Tensor, callback=None, max_iter: in
         active = active & unsettled()
         p = s + _ratio(ss, previous, active) * p
         if callback is not None:
-            values.append(callback(x))
+            values.append(report(x, r))
     return x if callback is None else (x, values)
 
 
