@@ -218,3 +218,15 @@ def test_upstreams_autograd_functions():
     assert torch.equal(back, other.backprojection(sinogram[:, :1]))
     with pytest.raises(ValueError, match=r"the sinogram has shape \(2, 13, 32\); expected \(..., 1, 32\)"):
         RadonBackprojection.apply(sinogram, other.angles, None, radon.rays_cfg)
+
+
+def test_compiled_code_sees_assigned_angles_and_forward_mode():
+    radon, x = Radon(16, [0.1, 1.0, 2.0]), random_images(1, 16)
+    compiled = torch.compile(lambda z: radon.backward(radon.forward(z)), fullgraph=True, backend="aot_eager")
+    before = compiled(x)
+    assert torch.equal(before, radon.backward(radon.forward(x)))
+    radon.angles = radon.angles + 0.5
+    after = compiled(x)
+    assert torch.equal(after, radon.backward(radon.forward(x))) and not torch.equal(before, after)
+    tangent = torch.compile(lambda z, v: torch.func.jvp(radon.forward, (z,), (v,))[1], backend="aot_eager")
+    assert torch.equal(tangent(x, x + 1), radon.forward(x + 1))
