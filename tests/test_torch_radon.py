@@ -278,7 +278,6 @@ def test_upstream_defaults():
     radon = RadonFanbeam(32, [0.0], 100, 50)
     assert (radon.det_distance, radon.det_spacing) == (50, 1.5)
     assert RadonFanbeam(32, [0.0], 100, 0, 48, 1.0).det_distance == 0
-    assert radon.backward.__func__ is radon.backprojection.__func__
     with pytest.warns(UserWarning, match="det_spacing 1.5 is replaced by 2.0"):
         assert RadonFanbeam(32, [0.0], 100, det_spacing=1.5).det_spacing == 2.0
 
@@ -311,7 +310,6 @@ def test_a_detector_too_small_is_named():
     (lambda: Radon(32, [0.0], 32.5), "det_count is 32.5"),
     (lambda: Radon(32, [0.0], 32, 0.0), "det_spacing is 0.0"),
     (lambda: Radon(32, [0.0], det_offset=float("inf")), "det_offset is inf"),
-    (lambda: RadonFanbeam(32, [0.0], 20), "source_distance is 20 pixels, inside the image"),
     (lambda: RadonFanbeam(32, [0.0], -1), "source_distance is -1"),
     (lambda: RadonFanbeam(32, [0.0], 100, float("nan")), "det_distance is nan"),
     (lambda: RadonFanbeam(32, [0.0], 100, 100, 32, 0.0), "det_spacing is 0.0"),
@@ -328,7 +326,7 @@ def test_bad_scans_get_a_sentence(build, sentence):
     (lambda r: r.forward(torch.zeros(0, 32, 32)), ValueError, "not empty"),
     (lambda r: r.backprojection(torch.zeros(5, 4, 31)), ValueError, r"sinogram has .* expected \(..., 4, 32\)"),
     (lambda r: r.transpose(torch.zeros(32, 4)), ValueError, "sinogram has shape"),
-    (lambda r: r.filter_sinogram(torch.zeros(3, 32)), ValueError, "sinogram has shape"),
+    (lambda r: r.filter_sinogram(torch.zeros(32)), ValueError, r"shape \(32,\); expected \(..., views, bins\)"),
     (lambda r: r.degrade(torch.zeros(16, 16)), ValueError, "image has shape"),
     (lambda r: r.forward(np.zeros((32, 32), np.float32)), TypeError, "image is a ndarray; expected a torch tensor"),
     (lambda r: r.forward(torch.zeros(32, 32, dtype=torch.int32)), TypeError, "image has dtype torch.int32"),

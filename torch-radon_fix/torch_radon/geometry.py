@@ -32,6 +32,15 @@ class Geometry:
         return self.source_distance is not None
 
     @property
+    def n_angles(self) -> int:
+        return len(self.angles)
+
+    @property
+    def source_inside(self) -> bool:
+        """Whether the source passes through the image's circumscribed circle: some pixels then lie behind it."""
+        return self.fan and self.source_distance <= np.hypot(self.height, self.width) / 2
+
+    @property
     def bins(self) -> np.ndarray:
         """Detector coordinate u of every bin, (det_count,) float64, pixels."""
         return (np.arange(self.det_count) - self.det_count / 2 + 0.5) * self.det_spacing + self.det_offset
@@ -42,7 +51,7 @@ def used_bins(geometry: Geometry) -> tuple[int, int]:
 
     Every other bin holds zeros after projection and is never read by backprojection, so leaving it out is exact.
     """
-    if geometry.clip_to_circle:
+    if geometry.clip_to_circle or geometry.source_inside:
         return 0, geometry.det_count
     reach = []
     for radius in (np.hypot(geometry.height, geometry.width) / 2,          # corner: the last ray that hits
@@ -118,7 +127,8 @@ def ray_samples(geometry: Geometry, theta: np.ndarray, u: np.ndarray) -> dict[st
 def pixel_bins(geometry: Geometry, theta: float) -> tuple[np.ndarray, np.ndarray]:
     """Bin position b of every pixel in one view and its backprojection weight, each (height, width) float64.
 
-    Fan beam: 1/(U du), for "fdk" S/(S+D)/(U^2 du); parallel beam: 1/du; zero outside the circle where clipped to it.
+    Fan beam: 1/(U du), for "fdk" S/(S+D)/(U^2 du); parallel beam: 1/du; zero outside the circle where clipped to it and
+    where U = 0: a pixel beside the source, on no ray that meets the detector.
     """
     x = (np.arange(geometry.width) - geometry.width / 2 + 0.5)[None, :]
     y = (np.arange(geometry.height) - geometry.height / 2 + 0.5)[:, None]
@@ -126,7 +136,8 @@ def pixel_bins(geometry: Geometry, theta: float) -> tuple[np.ndarray, np.ndarray
     weight = np.full(u.shape, 1 / geometry.det_spacing)
     if geometry.fan:
         near, span = geometry.source_distance, geometry.source_distance + geometry.det_distance
-        magnification = span / (near - x * np.sin(theta) - y * np.cos(theta))  # 1/U
+        depth = near - x * np.sin(theta) - y * np.cos(theta)
+        magnification = np.divide(span, depth, out=np.zeros_like(depth), where=depth != 0)  # 1/U
         u = u * magnification
         weight *= magnification**2 * near / span if geometry.weights == "fdk" else magnification
     if geometry.clip_to_circle:

@@ -5,14 +5,14 @@ import hashlib
 import logging
 import math
 import warnings
+from dataclasses import replace
 
 import numpy as np
 import torch
 
-from . import backend_torch
-from .filtering import FILTERS
+from . import backend_torch, noise, readings
+from .filtering import FourierFilters, filter_named
 from .geometry import Geometry
-from .noise import add_noise, set_seed
 
 log = logging.getLogger("torch_radon")
 
@@ -41,10 +41,12 @@ def _cuda_backend():
     return backend_cuda
 
 
-def backend_for(tensor: torch.Tensor):
+def backend_for(tensor: torch.Tensor, geometry: Geometry):
     """The module whose kernels serve this tensor: Numba for float32 on the CPU, Triton for float32 and float16 on CUDA,
-    plain PyTorch for everything else.
+    plain PyTorch for everything else and where pixels lie behind the source, which the fast kernels do not expect.
     """
+    if geometry.source_inside:
+        return backend_torch
     if tensor.device.type == "cpu" and tensor.dtype == torch.float32:
         return _cpu_backend()
     if tensor.device.type == "cuda" and tensor.dtype in (torch.float32, torch.float16):
@@ -63,9 +65,9 @@ def _register(geometry: Geometry) -> str:
     return key
 
 
-def _prepared(x: torch.Tensor) -> torch.Tensor:
+def _prepared(x: torch.Tensor, geometry: Geometry) -> torch.Tensor:
     """Contiguous, and float32 where the backend cannot store float16."""
-    half = x.dtype == torch.float16 and backend_for(x) is backend_torch
+    half = x.dtype == torch.float16 and backend_for(x, geometry) is backend_torch
     return (x.float() if half else x).contiguous()
 
 
@@ -81,11 +83,12 @@ def _filter(geometry: Geometry, sinogram: torch.Tensor, name: str, transposed: b
 @torch.library.custom_op("torch_radon::linear", mutates_args=())
 def _apply(x: torch.Tensor, geometry: str, kernel: str, filter_name: str) -> torch.Tensor:
     """One of the linear maps of (B, ..., ...); float64 for float64, else float32, whatever autocast says."""
-    x, g = _prepared(x), GEOMETRIES[geometry]
+    g = GEOMETRIES[geometry]
+    x = _prepared(x, g)
     with torch.autocast(x.device.type, enabled=False):
         if filter_name:
             return _filter(g, x, filter_name, kernel == "filter_transpose")
-        return getattr(backend_for(x), kernel)(g, x)
+        return getattr(backend_for(x, g), kernel)(g, x)
 
 
 @_apply.register_fake
@@ -110,12 +113,42 @@ def _transposed(ctx, gradient):
 _apply.register_autograd(_transposed, setup_context=_remember)
 
 
+class _Map(torch.autograd.Function):
+    """`_apply` with what custom operators lack: forward-mode derivatives and torch.func."""
+
+    @staticmethod
+    def forward(x, geometry, kernel, filter_name):
+        return _apply(x, geometry, kernel, filter_name)
+
+    setup_context = staticmethod(_remember)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        gradient = _Map.apply(gradient, ctx.geometry, TRANSPOSE[ctx.kernel], ctx.filter_name)
+        return gradient.to(ctx.dtype), None, None, None
+
+    @staticmethod
+    def jvp(ctx, tangent, *_):
+        """The map is linear: its derivative is itself."""
+        return _Map.apply(tangent, ctx.geometry, ctx.kernel, ctx.filter_name)
+
+    @staticmethod
+    def vmap(info, in_dims, x, geometry, kernel, filter_name):
+        x = x.movedim(in_dims[0], 0)
+        y = _Map.apply(x.flatten(0, 1), geometry, kernel, filter_name)
+        return y.unflatten(0, x.shape[:2]), 0
+
+
+_map = torch.compiler.disable(_Map.apply)  # traced, it would lose its forward-mode derivative
+
+
 @torch.library.custom_op("torch_radon::fbp", mutates_args=())
 def _fbp(x: torch.Tensor, view_weights: torch.Tensor, geometry: str, filter_name: str) -> torch.Tensor:
     """backprojection(filter(forward(x))) of (B, H, W); precision as in `_apply`, no gradient."""
-    x = _prepared(x)
+    g = GEOMETRIES[geometry]
+    x = _prepared(x, g)
     with torch.autocast(x.device.type, enabled=False):
-        return backend_for(x).fbp(GEOMETRIES[geometry], x, view_weights, filter_name)
+        return backend_for(x, g).fbp(g, x, view_weights, filter_name)
 
 
 @_fbp.register_fake
@@ -123,44 +156,100 @@ def _(x, view_weights, geometry, filter_name):
     return x.new_empty(x.shape, dtype=view_weights.dtype)
 
 
-def _checked(x, trailing: tuple[int, int], what: str) -> torch.Tensor:
+@torch.compiler.assume_constant_result  # compiled code is guarded by the level that this reads
+def _forward_mode() -> bool:
+    return torch.autograd.forward_ad._current_level >= 0
+
+
+def _checked(x, trailing: tuple[int | str, int | str], what: str) -> torch.Tensor:
+    """x, whose last dimensions must be `trailing`; a name there stands for any size."""
     if not isinstance(x, torch.Tensor):
         raise TypeError(f"{what} is a {type(x).__name__}; expected a torch tensor (torch.from_numpy makes one)")
     if x.dtype not in (torch.float16, torch.float32, torch.float64):
         raise TypeError(f"{what} has dtype {x.dtype}; expected float16, float32 or float64 (call .float() on it)")
-    if tuple(x.shape[-2:]) != trailing or x.numel() == 0:
+    sizes = x.shape[-2:]
+    if len(sizes) < 2 or x.numel() == 0 or any(size != n for size, n in zip(sizes, trailing, strict=True)
+                                               if not isinstance(n, str)):
         raise ValueError(f"{what} has shape {tuple(x.shape)}; expected (..., {trailing[0]}, {trailing[1]}), not empty")
     return x
 
 
 def _linear(kernel: str, x: torch.Tensor, key: str, filter_name: str = "") -> torch.Tensor:
     """Apply a kernel over the last two dimensions; half precision is computed in float32."""
-    y = _apply(x.reshape(-1, *x.shape[-2:]), key, kernel, filter_name)
+    function = _apply if torch.compiler.is_compiling() and not _forward_mode() else _map
+    y = function(x.reshape(-1, *x.shape[-2:]), key, kernel, filter_name)
     return y.reshape(*x.shape[:-2], *y.shape[-2:]).to(x.dtype)
 
 
-class _Projector:
-    """What `Radon` and `RadonFanbeam` share: the maps between images (..., H, W) and sinograms (..., views, bins)."""
+def apply_linear(kernel: str, x: torch.Tensor, geometry: Geometry, negated_angles: torch.Tensor) -> torch.Tensor:
+    """"forward" of images or "backproject" of sinograms under these angles, in the sign of an operator's `angles`."""
+    geometry = replace(geometry, angles=_angles(-negated_angles))
+    size = geometry.height, geometry.width
+    trailing, what = (size, "the image") if kernel == "forward" else (
+        (geometry.n_angles, geometry.det_count), "the sinogram")
+    return _linear(kernel, _checked(x, trailing, what), _register(geometry))
 
-    def __init__(self, geometry: Geometry):
-        self.geometry, self._key = geometry, _register(geometry)
-        self.angles = -torch.tensor(geometry.angles, dtype=torch.float32)  # negated, as upstream keeps them
-        self.resolution = geometry.height if geometry.height == geometry.width else (geometry.height, geometry.width)
-        self.det_count = geometry.det_count
-        self.det_spacing = geometry.det_spacing
-        self.clip_to_circle = geometry.clip_to_circle
+
+class BaseRadon:
+    """What `Radon` and `RadonFanbeam` share: the maps between images (..., H, W) and sinograms (..., views, bins).
+
+    angles: radians; rays_cfg: a `Geometry`, whose own angles are replaced. Every call reads `angles`, which are the
+    negated ones, as upstream keeps them: assigning to them, or changing them in place, changes the scan.
+    """
+
+    tex_cache = None  # upstream's cache of CUDA textures; there are none here
+    fourier_filters = FourierFilters()
+
+    def __init__(self, angles, rays_cfg: Geometry):
+        self._geometry = rays_cfg
+        with torch.inference_mode(False):
+            self.angles = -torch.tensor(_angles(angles), dtype=torch.float32)
+        self.resolution = (rays_cfg.height if rays_cfg.height == rays_cfg.width
+                           else (rays_cfg.height, rays_cfg.width))
+        self.det_count = rays_cfg.det_count
+        self.det_spacing = rays_cfg.det_spacing
+        self.clip_to_circle = rays_cfg.clip_to_circle
+        self.noise_generator = noise.NoiseGenerator()
 
     def __setstate__(self, state):
         self.__dict__.update(state)
-        _register(self.geometry)  # another process has a table of its own
+        _register(self._geometry)  # another process has a table of its own
+
+    @property
+    def angles(self) -> torch.Tensor:
+        """The angles, negated, (views,) float32."""
+        return self._angles
+
+    @angles.setter
+    def angles(self, negated):
+        negated = torch.as_tensor(negated, dtype=torch.float32).detach()
+        if negated.is_inference():  # counts no changes in place
+            with torch.inference_mode(False):
+                negated = negated.clone()
+        self._geometry = replace(self._geometry, angles=_angles(-negated))
+        self._angles, self._version, self._registered = negated, negated._version, _register(self._geometry)
+
+    @property
+    def geometry(self) -> Geometry:
+        """What is measured, under the angles as they are now."""
+        if not torch.compiler.is_compiling() and self._version != self._angles._version:
+            self.angles = self._angles
+        return self._geometry
+
+    rays_cfg = geometry
+
+    @property
+    def _key(self) -> str:
+        _ = self.geometry  # registers the angles as they are now
+        return self._registered
 
     @property
     def _image_shape(self):
-        return self.geometry.height, self.geometry.width
+        return self._geometry.height, self._geometry.width
 
     @property
     def _sinogram_shape(self):
-        return len(self.geometry.angles), self.det_count
+        return self.geometry.n_angles, self._geometry.det_count
 
     def forward(self, imgs: torch.Tensor) -> torch.Tensor:
         """Projection of images (..., H, W) -> (..., views, bins). README, "Equations"."""
@@ -170,22 +259,26 @@ class _Projector:
         """Backprojection of (..., views, bins) -> (..., H, W): interpolated, not the transpose of `forward`."""
         return _linear("backproject", _checked(sinogram, self._sinogram_shape, "the sinogram"), self._key)
 
-    backward = backprojection
-    add_noise, set_seed = staticmethod(add_noise), staticmethod(set_seed)  # where upstream has them
+    def backward(self, sinogram: torch.Tensor) -> torch.Tensor:
+        """`backprojection`."""
+        return self.backprojection(sinogram)
 
     def transpose(self, sinogram: torch.Tensor) -> torch.Tensor:
         """The exact transpose of `forward`: (..., views, bins) -> (..., H, W). For least squares."""
         return _linear("forward_transpose", _checked(sinogram, self._sinogram_shape, "the sinogram"), self._key)
 
     def filter_sinogram(self, sinogram: torch.Tensor, filter_name: str = "ramp") -> torch.Tensor:
-        """Filter every row of (..., views, bins) and weight it by pi/(2 views). Raises ValueError for unknown names.
+        """Filter every row of (..., views, bins) and weight it by pi/(2 views), however many views and bins there are.
 
-        With weights="fdk" the rows are multiplied by the fan beam's cosine weight first.
+        The name is taken in any case; an unknown one raises ValueError. With weights="fdk" the rows are multiplied by
+        the fan beam's cosine weight first.
         """
-        _checked(sinogram, self._sinogram_shape, "the sinogram")
-        if filter_name not in FILTERS:
-            raise ValueError(f"filter_name is {filter_name!r}; expected one of {', '.join(FILTERS)}")
-        return _linear("filter", sinogram, self._key, filter_name)
+        _checked(sinogram, ("views", "bins"), "the sinogram")
+        views, bins = sinogram.shape[-2:]
+        key = self._key
+        if (views, bins) != self._sinogram_shape:
+            key = _register(replace(self.geometry, angles=(0.0,) * views, det_count=bins))
+        return _linear("filter", sinogram, key, filter_named(filter_name))
 
     def degrade(self, imgs: torch.Tensor, view_weights=None, filter_name: str = "ramp") -> torch.Tensor:
         """backprojection(filter(forward(imgs))) in one call, (..., H, W) -> (..., H, W), without a gradient.
@@ -193,9 +286,8 @@ class _Projector:
         view_weights: the factor of each view, pi/(2 views) for all if None. float16 is computed in float32.
         """
         _checked(imgs, self._image_shape, "the image")
-        if filter_name not in FILTERS:
-            raise ValueError(f"filter_name is {filter_name!r}; expected one of {', '.join(FILTERS)}")
-        views, dtype = len(self.geometry.angles), torch.float64 if imgs.dtype == torch.float64 else torch.float32
+        filter_name = filter_named(filter_name)
+        views, dtype = self.geometry.n_angles, torch.float64 if imgs.dtype == torch.float64 else torch.float32
         if view_weights is None:
             weights = torch.full((views,), math.pi / 2 / views, dtype=dtype, device=imgs.device)
         else:
@@ -209,6 +301,26 @@ class _Projector:
         with torch.no_grad():
             y = _fbp(imgs.detach().reshape(-1, *self._image_shape), weights, self._key, filter_name)
         return y.reshape(imgs.shape).to(imgs.dtype)
+
+    def set_seed(self, seed: int = -1):
+        """Start the random numbers of this operator anew; a negative seed takes NumPy's (np.random.seed)."""
+        self.noise_generator.set_seed(seed)
+
+    def add_noise(self, x: torch.Tensor, signal: float, density_normalization: float = 1.0, approximate: bool = False):
+        """Photon noise on the sinogram x, in place, and x. `signal`: the natural logarithm of the photons a ray."""
+        return noise.add_noise(x, signal, density_normalization, approximate, self.noise_generator.on(x.device))
+
+    def emulate_readings(self, x: torch.Tensor, signal: float, density_normalization: float = 1.0) -> torch.Tensor:
+        """Photon counts of the sinogram x, int32: Poisson(exp(signal - x/density_normalization))."""
+        return readings.emulate_readings(x, signal, density_normalization, self.noise_generator)
+
+    def emulate_readings_new(self, x: torch.Tensor, signal: float, normal_std: float, k: int, bins: int):
+        """Readings 0 .. bins - 1 of the sinogram x, int32: counts and electronic noise, in steps of k."""
+        return readings.emulate_readings_new(x, signal, normal_std, k, bins, self.noise_generator)
+
+    def readings_lookup(self, sensor_readings: torch.Tensor, lookup_table: torch.Tensor) -> torch.Tensor:
+        """lookup_table[reading], table (bins,)."""
+        return readings.readings_lookup(sensor_readings, lookup_table)
 
 
 def _angles(angles) -> tuple[float, ...]:
@@ -243,7 +355,7 @@ def _finite(**values):
 
 def _warn_if_truncated(geometry: Geometry, corners: bool):
     """Warn where rays through the image miss the detector; those through its corners alone only if `corners`."""
-    if geometry.clip_to_circle:
+    if geometry.clip_to_circle or geometry.source_inside:
         return
     inner, outer = min(geometry.height, geometry.width) / 2, math.hypot(geometry.height, geometry.width) / 2
     edge = geometry.det_count * geometry.det_spacing / 2 - abs(geometry.det_offset)
@@ -266,7 +378,7 @@ def _positive(**values):
             raise ValueError(f"{name} is {value!r}; expected a positive number")
 
 
-class Radon(_Projector):
+class Radon(BaseRadon):
     """Parallel-beam projector of `resolution` x `resolution` pixels (or (height, width)).
 
     angles: radians, list, array or tensor; det_count: bins, the resolution if negative; det_spacing: pixels;
@@ -277,17 +389,17 @@ class Radon(_Projector):
         height, width = _size(resolution)
         _positive(det_spacing=det_spacing)
         _finite(det_offset=det_offset)
-        super().__init__(Geometry(height, width, _angles(angles), _bins(det_count, height, width), float(det_spacing),
-                                  det_offset=float(det_offset), clip_to_circle=bool(clip_to_circle)))
+        super().__init__(angles, Geometry(height, width, (), _bins(det_count, height, width), float(det_spacing),
+                                          det_offset=float(det_offset), clip_to_circle=bool(clip_to_circle)))
         _warn_if_truncated(self.geometry, corners=det_count > 0)
 
 
-class RadonFanbeam(_Projector):
+class RadonFanbeam(BaseRadon):
     """Fan-beam projector with a flat detector; lengths in pixels, measured from the rotation centre.
 
     Defaults are upstream's: det_count = resolution; det_distance = source_distance, which also makes det_spacing 2
     whatever was passed (a warning says so); det_spacing alone not given = (S + D)/S. `weights="fdk"` are the true
-    fan-beam weights, `"published"` torch-radon's. Raises ValueError where the source lies inside the image.
+    fan-beam weights, `"published"` torch-radon's. A source inside the image gets a warning: its rays go on behind it.
     """
 
     def __init__(self, resolution, angles, source_distance, det_distance=-1, det_count=-1, det_spacing=-1,
@@ -297,9 +409,6 @@ class RadonFanbeam(_Projector):
         _finite(det_distance=det_distance, det_spacing=det_spacing, det_offset=det_offset)
         if weights not in ("published", "fdk"):
             raise ValueError(f"weights is {weights!r}; expected 'published' or 'fdk'")
-        if source_distance <= math.hypot(height, width) / 2:
-            raise ValueError(f"source_distance is {source_distance} pixels, inside the image, whose corner lies "
-                             f"{math.hypot(height, width) / 2:.1f} from the centre; expected more")
         if det_distance < 0:
             det_distance = source_distance
             if det_spacing > 0 and det_spacing != 2.0:
@@ -309,9 +418,13 @@ class RadonFanbeam(_Projector):
         elif det_spacing < 0:
             det_spacing = (source_distance + det_distance) / source_distance
         _positive(det_spacing=det_spacing)
-        super().__init__(Geometry(height, width, _angles(angles), _bins(det_count, height, width), float(det_spacing),
-                                  float(source_distance), float(det_distance), float(det_offset),
-                                  bool(clip_to_circle), weights))
+        super().__init__(angles, Geometry(height, width, (), _bins(det_count, height, width), float(det_spacing),
+                                          float(source_distance), float(det_distance), float(det_offset),
+                                          bool(clip_to_circle), weights))
         self.source_distance = self.geometry.source_distance
         self.det_distance = self.geometry.det_distance
+        if self.geometry.source_inside:
+            warnings.warn(f"source_distance is {source_distance} pixels, inside the image, whose corner lies "
+                          f"{math.hypot(height, width) / 2:.1f} from the centre: rays go on behind the source, and the "
+                          "slow backend serves. Lengths are in pixels: divide mm by the pixel size", stacklevel=2)
         _warn_if_truncated(self.geometry, corners=det_count > 0)

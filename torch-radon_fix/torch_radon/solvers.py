@@ -1,12 +1,18 @@
 """Iterative reconstruction with torch-radon's API: `Landweber`, `cg` and `cgne`, every sample stopping on its own.
 
-Images are (..., H, W), sinograms (..., views, bins). A `callback` is called with x after each iteration; with one,
-the result is (x, list of what it returned), else x. All are differentiable unless stated otherwise.
+Images are (..., H, W), sinograms (..., views, bins). An operator is any object with forward and backward; where it has
+`transpose`, as ours do, that is used instead of backward. A `callback` is called with x after each iteration, in cg and
+cgne with (x, residual) if it takes two arguments; the result is then (x, list of what it returned), else x. All are
+differentiable unless stated otherwise.
 """
 
 import contextlib
+import inspect
 
 import torch
+
+from .operators import BaseRadon
+from .utils import _normalize_shape
 
 
 def _dot(a: torch.Tensor, b: torch.Tensor, dims: tuple[int, ...]) -> torch.Tensor:
@@ -30,16 +36,43 @@ def _leading(x: torch.Tensor, y: torch.Tensor):
                          "expected the same leading dimensions and device")
 
 
+def _transpose(operator):
+    """The operator's map from sinograms to images.
+
+    A projector whose user overrides one of its maps is theirs: our transpose of the map that was is not its transpose.
+    """
+    kind = type(operator)
+    if isinstance(operator, BaseRadon) and kind.transpose is BaseRadon.transpose:
+        own = all(getattr(kind, name) is getattr(BaseRadon, name) for name in ("forward", "backprojection", "backward"))
+        return operator.transpose if own else operator.backward
+    return operator.transpose if hasattr(operator, "transpose") else operator.backward
+
+
+def _with_residual(callback):
+    """callback as a function of (x, residual): given both if it has two arguments without a default, or any number."""
+    try:
+        arguments = inspect.signature(callback).parameters.values()
+    except (TypeError, ValueError):  # some built-in functions do not say
+        arguments = ()
+    wanted = [a for a in arguments if a.kind in (a.POSITIONAL_ONLY, a.POSITIONAL_OR_KEYWORD) and a.default is a.empty]
+    if len(wanted) == 2 or any(a.kind is a.VAR_POSITIONAL for a in arguments):
+        return callback
+    return lambda x, residual: callback(x)
+
+
 def cg(forward, x: torch.Tensor, y: torch.Tensor, callback=None, max_iter: int = 500, tol: float = 1e-5):
     """Conjugate gradients: solve forward(x) = y for a symmetric positive definite `forward`, from x, (..., H, W).
 
-    The first dimension counts samples where there are more than two, so `forward` may mix all others. A sample stops
-    when |y - forward(x)| <= tol |y|. Raises ValueError where `forward` is found not to be positive definite.
+    x and y may differ in leading dimensions of 1; the result has x's shape. `forward` gets and gives (B, H, W); each
+    of the B is a sample of its own, which stops when |y - forward(x)| <= tol |y|. Raises ValueError where `forward` is
+    found not to be positive definite.
     """
+    shape, given = x.shape, (tuple(x.shape), tuple(y.shape))
+    (x, _), (y, _) = _normalize_shape(x, 2), _normalize_shape(y, 2)
     if x.shape != y.shape or x.device != y.device:
-        raise ValueError(f"x is {tuple(x.shape)} on {x.device} and y is {tuple(y.shape)} on {y.device}; "
-                         "expected the same shape and device")
-    dims = tuple(range(int(x.ndim > 2), x.ndim))
+        raise ValueError(f"x is {given[0]} on {x.device} and y is {given[1]} on {y.device}; expected as many images of "
+                         "the same size on one device")
+    dims, report = (-2, -1), _with_residual(callback)
     r = y - forward(x)
     _check(r)
     p, rr, limit, values = r, _dot(r, r, dims), tol**2 * _dot(y, y, dims), []
@@ -58,7 +91,8 @@ def cg(forward, x: torch.Tensor, y: torch.Tensor, callback=None, max_iter: int =
         active = active & (rr > limit)
         p = r + _ratio(rr, previous, active) * p
         if callback is not None:
-            values.append(callback(x))
+            values.append(report(x.reshape(shape), r.reshape(shape)))
+    x = x.reshape(shape)
     return x if callback is None else (x, values)
 
 
@@ -68,13 +102,14 @@ def cgne(operator, x: torch.Tensor, y: torch.Tensor, callback=None, max_iter: in
     """Least squares: minimise |operator.forward(x) - y|^2 by conjugate gradients on the normal equations, from x.
 
     x: (..., H, W); y: (..., views, bins). Every image is a sample of its own and stops when
-    |A^T (y - A x)| <= tol |A^T y|, A^T being `operator.transpose`. From x = 0 it finds the solution of least norm.
+    |A^T (y - A x)| <= tol |A^T y|. From x = 0 it finds the solution of least norm.
     weights: of each ray, >= 0, broadcast to y: minimises sum weights (A x - y)^2. damp: adds damp^2 |x - start|^2.
     target: stop as soon as sum target_weights (A x - y)^2 <= target, a number or one a sample (..., 1, 1);
     target_weights are `weights` unless given.
     """
     _leading(x, y)
     dims, target_weights = (-2, -1), weights if target_weights is None else target_weights
+    transpose, report = _transpose(operator), _with_residual(callback)
     start, r = x, y - operator.forward(x)
     _check(r)
 
@@ -82,13 +117,13 @@ def cgne(operator, x: torch.Tensor, y: torch.Tensor, callback=None, max_iter: in
         return p if weights is None else weights * p
 
     def gradient():
-        s = operator.transpose(weighted(r))
+        s = transpose(weighted(r))
         return s - damp**2 * (x - start) if damp else s
 
     def unsettled():
         return ss > limit if target is None else (ss > limit) & (_dot(r, weighted(r, target_weights), dims) > target)
 
-    s, toward = gradient(), operator.transpose(weighted(y))
+    s, toward = gradient(), transpose(weighted(y))
     p, ss, limit, values = s, _dot(s, s, dims), tol**2 * _dot(toward, toward, dims), []
     active = unsettled()
     for _ in range(max_iter):
@@ -102,12 +137,12 @@ def cgne(operator, x: torch.Tensor, y: torch.Tensor, callback=None, max_iter: in
         active = active & unsettled()
         p = s + _ratio(ss, previous, active) * p
         if callback is not None:
-            values.append(callback(x))
+            values.append(report(x, r))
     return x if callback is None else (x, values)
 
 
 class Landweber:
-    """Gradient descent on |operator.forward(x) - y|^2 / 2 with the true transpose.
+    """Gradient descent on |operator.forward(x) - y|^2 / 2.
 
     projection: applied to x after each step, e.g. torch.relu; grad: keep the iterations in the autograd graph.
     """
@@ -116,16 +151,17 @@ class Landweber:
         self.operator, self.projection, self.grad = operator, projection, grad
 
     def estimate_alpha(self, img_size, device, n_iter: int = 50, batch_size: int = 8) -> float:
-        """A step size that converges, 1/|A|^2, from n_iter power iterations on batch_size random images.
+        """The limit of the step sizes that converge, 2/|A|^2, from n_iter power iterations on batch_size random images.
 
-        img_size: pixels, an integer or (height, width). The random images are the same at every call.
+        img_size: pixels, an integer or (height, width). The random images are the same at every call. The iterations
+        find |A| from below, so the limit itself may diverge slowly: half of it is the usual step.
         """
         size = (img_size, img_size) if isinstance(img_size, int) else tuple(img_size)
         x = torch.randn(batch_size, *size, generator=torch.Generator().manual_seed(0)).to(device)
         with torch.no_grad():
             for _ in range(n_iter):
-                x = self.operator.transpose(self.operator.forward(x / x.norm(dim=(-2, -1), keepdim=True)))
-        return 1 / x.norm(dim=(-2, -1)).max().item()
+                x = _transpose(self.operator)(self.operator.forward(x / x.norm(dim=(-2, -1), keepdim=True)))
+        return 2 / x.norm(dim=(-2, -1)).max().item()
 
     def run(self, x_zero: torch.Tensor, y: torch.Tensor, alpha: float, iterations: int = 100, callback=None):
         """`iterations` steps x <- projection(x - alpha A^T (A x - y)) from x_zero (..., H, W) for y (..., views, bins).
@@ -136,7 +172,7 @@ class Landweber:
         x, values = x_zero, []
         with contextlib.nullcontext() if self.grad else torch.no_grad():
             for _ in range(iterations):
-                x = x - alpha * self.operator.transpose(self.operator.forward(x) - y)
+                x = x - alpha * _transpose(self.operator)(self.operator.forward(x) - y)
                 if self.projection is not None:
                     x = self.projection(x)
                 if callback is not None:

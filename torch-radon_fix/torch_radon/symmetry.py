@@ -74,6 +74,8 @@ def bins_per_radian(geometry: Geometry) -> float:
     r = np.hypot(geometry.height - 1, geometry.width - 1) / 2
     if not geometry.fan:
         return r / geometry.det_spacing
+    if geometry.source_inside:
+        return np.inf
     near, span = geometry.source_distance, geometry.source_distance + geometry.det_distance
     return r * span * near / (near - r) ** 2 / geometry.det_spacing
 
