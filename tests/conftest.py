@@ -1,8 +1,10 @@
 """Small synthetic data: ellipses in HU, two patients of four slices a split; DICOM files with any tags."""
 
 import os
+import re
 import subprocess
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -92,6 +94,18 @@ def call(capsys):
         return text
 
     return call
+
+
+@pytest.fixture
+def stops(capsys):
+    """`with stops(pattern):` a script's main ends with a status and a sentence on standard error."""
+    @contextmanager
+    def stops(pattern):
+        with pytest.raises(SystemExit) as stop:
+            yield
+        assert stop.value.code in (1, 2) and re.search(pattern, capsys.readouterr().err)
+
+    return stops
 
 
 def run(*command, expect=0, **environment):

@@ -87,13 +87,13 @@ def test_a_signal_saves_and_the_same_command_goes_on(data, tmp_path, go):
     command = [sys.executable, "train.py", *map(str, FAST), "--data", str(data), "--save-every", "1000", "--out"]
     out = tmp_path / "stopped"
     threads = {"OMP_NUM_THREADS": str(torch.get_num_threads())}  # as here: their number decides the last bits
-    process = subprocess.Popen([*command, str(out)], cwd=ROOT, text=True, stdout=subprocess.PIPE,
-                               stderr=subprocess.DEVNULL, env={**os.environ, **threads})
+    process = subprocess.Popen([*command, str(out)], cwd=ROOT, text=True, stderr=subprocess.PIPE,
+                               stdout=subprocess.DEVNULL, env={**os.environ, **threads})
     while process.poll() is None and not list(out.glob("events.out.tfevents*")):
         time.sleep(0.02)
     time.sleep(0.3)
     process.send_signal(signal.SIGTERM)
-    text, _ = process.communicate()
+    _, text = process.communicate()
     if process.returncode:  # else it had just finished
         assert process.returncode == 143 and "the same command resumes" in text
         assert newest_state(out, "cpu")[1]["seen"] < 16

@@ -21,10 +21,7 @@ def script(main):
         try:
             return main(argv)
         except CvGDiffError as error:
-            sentence = f"{str(error).rstrip('.')}."
-            if error.status == 1:
-                sys.exit(sentence)
-            print(sentence, file=sys.stderr)
+            print(f"{str(error).rstrip('.')}.", file=sys.stderr)
             sys.exit(error.status)
         except KeyboardInterrupt:
             print("Stopped by Ctrl-C. What is written is whole; the same command goes on.", file=sys.stderr)
