@@ -18,21 +18,12 @@ import numpy as np
 from pydicom.uid import generate_uid
 from tqdm import tqdm
 
+from datasets import write_volume
 from datasets.archive import find_series
 from datasets.formats import ARRAYS, NIFTI, load, resize_hu
 from datasets.series import Refused
 from datasets.sinograms import is_projections, read_sinograms
-from datasets.write_volume import (
-    Place,
-    anonymous,
-    centred,
-    place_of,
-    read_original,
-    series_header,
-    write_dicom,
-    write_nifti,
-    write_npy,
-)
+from datasets.write_volume import Place, anonymous, centred, place_of
 from models.baselines import BASELINES
 from models.levels import FULL_VIEWS
 from models.methods import METHODS
@@ -44,7 +35,7 @@ from utils.run_folder import claim
 from utils.units import HU_RANGE
 
 MISSING = np.int16(-32768)  # in the working file: not done yet; no HU is that low
-VOLUMES = {"nifti": ("volume.nii.gz", write_nifti), "npy": ("volume.npy", write_npy)}
+VOLUMES = {"nifti": ("volume.nii.gz", write_volume.write_nifti), "npy": ("volume.npy", write_volume.write_npy)}
 
 
 @dataclass(frozen=True)
@@ -55,7 +46,7 @@ class Job:
     places: list[Place]
     size: int                              # pixels of a reconstructed side
     views: int
-    read: Callable[[int], np.ndarray]      # slice -> its image in HU, or its line integrals
+    read: Callable[[int], np.ndarray]      # slice -> its image in HU, or its sinogram in 1/cm x pixels
     measure: Callable                      # (reconstructor, a batch of those (B, ., .)) -> sinograms (B, 1, n, bins)
     scanner: object = None                 # a Scanner; None: the published one, simulated
     original: str | None = None            # DICOM file whose study the output joins
@@ -142,7 +133,9 @@ def simulated(args) -> Job:
 
 def measured(args) -> Job:
     """A measured sinogram: its own geometry is that of the FBP, of every D and of data consistency."""
-    from models.scanner import check_shape, make_scanner, read_geometry
+    import torch
+
+    from models.scanner import check_shape, make_scanner, read_geometry, to_pixels
 
     try:
         lines, told = read_sinograms(args.input, args.dataset)
@@ -159,20 +152,13 @@ def measured(args) -> Job:
                 else centred(spacing, size, i * scanner.slice_spacing_mm) for i in range(len(lines))],
         size=size,
         views=len(chosen),
-        read=lambda i: finite(lines[i][chosen]),
-        measure=lambda reconstructor, batch: reconstructor.sinograms(batch, size),
+        read=lambda i: to_pixels(scanner, lines[i][chosen], size),
+        measure=lambda reconstructor, y: torch.from_numpy(y)[:, None].to(reconstructor.device),
         scanner=scanner,
         original=located[0].path if located else None,
         patient=anonymous(located[0]) if located else "unknown",
         source=fingerprint([(str(args.input), repr(scanner))]),
     )
-
-
-def finite(lines: np.ndarray) -> np.ndarray:
-    """The line integrals. Raises InputError where they are not finite."""
-    if not np.isfinite(lines).all():
-        raise InputError("holds NaN or infinity; expected finite line integrals")
-    return lines
 
 
 def fingerprint(files) -> str:
@@ -197,24 +183,20 @@ def reconstruct_slices(job: Job, solve, work: np.ndarray, wanted: list[int], bat
 
     solve: a batch of what job.read gives -> HU (B, size, size).
     """
-    todo = {i for i in wanted if (work[i] == MISSING).any()}  # any: a killed run may leave half a slice
+    todo = [i for i in wanted if (work[i] == MISSING).any()]  # any: a killed run may leave half a slice
     failed = []
     with tqdm(total=len(todo), unit="slice", disable=None) as bar:
-        for start in range(0, len(work), batch):
-            members = range(start, min(start + batch, len(work)))
-            if todo.isdisjoint(members):
-                continue
-            read = {}  # always the whole batch: rounding depends on the company a slice is in
-            for i in members:
+        for start in range(0, len(todo), batch):
+            read = {}
+            for i in todo[start:start + batch]:
                 try:
                     read[i] = job.read(i)
-                except ValueError as error:
-                    failed += [(job.names[i], "refused", str(error))] * (i in todo)
-            if not todo.isdisjoint(read):
+                except InputError as error:
+                    failed.append((job.names[i], "refused", str(error)))
+            if read:
                 for i, image in zip(read, solve(np.stack(list(read.values()))), strict=True):
-                    if i in todo:
-                        work[i] = image
-            bar.update(len(todo.intersection(members)))
+                    work[i] = image
+            bar.update(len(todo[start:start + batch]))
     return failed
 
 
@@ -236,11 +218,11 @@ def write_output(args, job: Job, work: np.ndarray, done: np.ndarray, targets: li
     if args.format in VOLUMES:
         final = (smoothed(work, done, i, args.median_z) for i in tqdm(range(len(work)), desc="Writing", disable=None))
         return VOLUMES[args.format][1](targets[0], final, job.places, job.size)
-    original = read_original(job.original) if job.original else None
-    header = series_header(about, uid, original, job.patient, args.deidentify)
+    original = write_volume.read_original(job.original) if job.original else None
+    header = write_volume.series_header(about, uid, original, job.patient, args.deidentify)
     for i, target in enumerate(tqdm(targets, desc="Writing", disable=None)):
         if done[i] and not target.is_file():
-            write_dicom(target, header, smoothed(work, done, i, args.median_z), job.places[i], i)
+            write_volume.write_dicom(target, header, smoothed(work, done, i, args.median_z), job.places[i], i)
 
 
 def describe(args, job: Job, reconstructor) -> dict:

@@ -92,7 +92,7 @@ def main(argv=None) -> None:
     args.batch = args.batch or (4 if args.device == "cpu" else 32)
     row = PRESETS[args.preset]
     network = {name: getattr(row, name) for name in ("width", "dropout", "stem", "residual", "shift", "scale",
-                                                     "zero_init", "channels_last", "compile")}
+                                                     "zero_init")}
     preset = replace(PRESETS["paper"], **network, epct_start=0, per_sample_levels=True, batch=args.batch,
                      precision="bf16" if bf16_pays(args.device) else "fp32")
     (_, slices), _, _ = load_slices(args.data, 0.1, 1, 0, preset.network().multiple, False)

@@ -15,7 +15,6 @@ class Dropout(nn.Dropout):
             return super().forward(x)
         return x * self.masks(x).to(x.dtype) / (1 - self.p)
 
-    @torch.compiler.disable
     def masks(self, x):
         mask = torch.empty(x.shape, device=x.device)
         for one, generator in zip(mask, self.generators, strict=True):

@@ -71,8 +71,6 @@ class Preset:
     save_every: Annotated[int, "images between checkpoints"] = 4000
     # what changes results by rounding alone: free to differ when a run is resumed
     accumulate: Annotated[int, "parts of a batch that a process computes one after another, to save memory"] = 1
-    channels_last: Annotated[bool, "memory layout of the network, on CUDA"] = False
-    compile: Annotated[bool, "torch.compile"] = False
     patience: Annotated[int, "non-finite optimizer steps (each skipped) in a row that stop the run"] = 20
 
     def check(self) -> None:
@@ -80,31 +78,20 @@ class Preset:
         for name, (kind, _) in described_fields(Preset).items():
             if get_origin(kind) is Literal and getattr(self, name) not in get_args(kind):
                 raise InputError(f"{name} is {getattr(self, name)!r}; expected {' or '.join(get_args(kind))}")
-        for name, least in LEAST.items():
-            if not getattr(self, name) >= least:
-                raise InputError(f"{name} is {getattr(self, name)}; expected {least} or more")
-        for name in ("focus_share", "any_view_share", "dropout", "ema"):
-            if not 0 <= getattr(self, name) < 1:
-                raise InputError(f"{name} is {getattr(self, name)}; expected a share from 0 to below 1")
-        if not 0 <= self.jumps <= 1:
-            raise InputError(f"jumps is {self.jumps}; expected a share from 0 to 1")
-        for name in ("scale", "clip"):
-            if not getattr(self, name) > 0:
-                raise InputError(f"{name} is {getattr(self, name)}; expected a positive number")
+        for names, fits, expected in RANGES:
+            for name in names.split():
+                if not fits(getattr(self, name)):
+                    raise InputError(f"{name} is {getattr(self, name)}; expected {expected}")
         if not math.isfinite(self.lr + self.weight_decay + self.shift + self.scale):
             raise InputError("lr, weight_decay, shift or scale is not finite")
         views = self.focus_views.split()
         if not views or not all(n.isdecimal() and 1 <= int(n) <= FULL_VIEWS for n in views):
             raise InputError(f"focus_views is {self.focus_views!r}; expected counts from 1 to {FULL_VIEWS}, as "
                              "'18 36 72'")
-        if self.channels not in (1, 2):
-            raise InputError(f"channels is {self.channels}; expected 1, or 2 for the residual channel")
         if self.residual_channel == "anchored" and self.channels == 1:
             raise InputError("residual_channel anchored needs channels 2")
         if SAMPLERS[self.val_sampler].two_pass and (self.channels, self.residual_channel) != (2, "two-pass"):
             raise InputError(f"val_sampler {self.val_sampler} needs channels 2 and residual_channel two-pass")
-        if self.width % 32:
-            raise InputError(f"width is {self.width}; expected a multiple of 32, the groups of its normalisation")
 
     def network(self):
         """The UNetConfig of this preset."""
@@ -122,10 +109,16 @@ class Preset:
         return {name: value for name, value in asdict(self).items() if name not in COMPUTATION}
 
 
-COMPUTATION = ("accumulate", "channels_last", "compile", "patience")
-LEAST = {"width": 32, "blocks": 1, "stem": 1, "images": 0, "epochs": 1, "batch": 1, "hops": 0, "save_every": 1,
-         "ema_every": 1, "val_every": 0, "val_slices": 0, "warmup": 0, "dc": 0, "lr": 0.0, "patience": 1,
-         "accumulate": 1}
+COMPUTATION = ("accumulate", "patience")
+RANGES = (  # fields, what fits, what is expected
+    ("blocks stem epochs batch save_every ema_every patience accumulate", lambda v: v >= 1, "1 or more"),
+    ("images hops val_every val_slices warmup dc lr", lambda v: v >= 0, "0 or more"),
+    ("width", lambda v: v >= 32 and v % 32 == 0, "a multiple of 32, the groups of its normalisation"),
+    ("channels", lambda v: v in (1, 2), "1, or 2 for the residual channel"),
+    ("scale clip", lambda v: v > 0, "a positive number"),
+    ("focus_share any_view_share dropout ema", lambda v: 0 <= v < 1, "a share from 0 to below 1"),
+    ("jumps", lambda v: 0 <= v <= 1, "a share from 0 to 1"),
+)
 # Fields of older versions: their new names, and those that are gone with the value that meant "off".
 RENAMED = {"between": "any_view_share", "focus": "focus_share", "rollout": "estimates_by"}
 DELETED = {"combined": False, "rotate": 0.0, "zoom": 0.0, "translate": 0.0, "starts": 1}
@@ -162,9 +155,9 @@ PRESETS = {
     # 8.6 M parameters, 46 GFLOP a call, the recipe of `tiny`: for one GPU. No trained result is documented yet.
     "small": replace(
         TINY, width=64, images=200_000, batch=16, augment=True, epct_start=1000, lr=5e-4, warmup=500, ema=0.9995,
-        channels_last=True, val_slices=16, val_every=10_000, save_every=5_000),
+        val_slices=16, val_every=10_000, save_every=5_000),
     # The published network with the recipe of `tiny`: for one large GPU or several. No result is documented yet.
     "base": replace(
         TINY, width=128, stem=1, images=400_000, batch=32, augment=True, epct_start=2000, lr=2e-4, warmup=1000,
-        ema=0.9995, channels_last=True, compile=True, val_slices=16, val_every=20_000, save_every=5_000),
+        ema=0.9995, val_slices=16, val_every=20_000, save_every=5_000),
 }

@@ -38,8 +38,8 @@ class Run:
         self.images, steps, _ = budget(preset, self.count)
         self.description = {"preset": preset.mathematics(), "seed": args.seed, "data": fingerprints}
         self.description |= {"init": hash16(args.init)} if args.init else {}
-        self.trainer = Trainer(preset, seed=args.seed, steps=steps, size=self.size, device=self.device,
-                               processes=self.processes, init=args.init)
+        self.trainer = Trainer(preset, seed=args.seed, steps=steps, device=self.device, processes=self.processes,
+                               init=args.init)
         self.seen, self.best, skipped = 0, math.inf, 0
         if found := self._resume(args.accept_new_data):
             self.trainer.load(found)
@@ -75,10 +75,8 @@ class Run:
                 print("Other package versions than before: the results may differ in their last bits.")
             if found and found["commit"] != state.commit():
                 print(f"The run was begun at commit {found['commit']} and goes on with the code of {state.commit()}.")
-        path = distributed.gather(path if self.rank == 0 else None)[0]
-        if self.rank == 0 or path is None:
-            return found
-        return torch.load(path, map_location=self.device, weights_only=True)
+        path = distributed.gather(path)[0]
+        return found if self.rank == 0 or not path else torch.load(path, map_location=self.device, weights_only=True)
 
     def spans(self) -> list[tuple[int, int]]:
         """(first, last) of the batches that are still to do."""
@@ -100,15 +98,11 @@ class Run:
             values = self.scalars.flush(self.seen, self.trainer.lr, self.watch.total)
             shown = {k: f"{values[k]:.2e}" for k in ("loss/restore", "lr") if k in values} | self.psnr
             if peak := peak_flops(self.device):
-                used = self.flops_an_image() * values["images_per_second"] / self.processes
-                shown["MFU"] = f"{used / peak:.0%}"
+                calls = forward_calls(self.preset, inputs_of(self.preset, self.trainer.step))
+                flops = calls * cost(self.preset.network(), self.size, self.preset.precision)[1]
+                shown["MFU"] = f"{flops * values['images_per_second'] / self.processes / peak:.0%}"
             self.bar.set_postfix({**shown, "GiB": f"{memory(self.device):.1f}"}, refresh=False)
         return failed
-
-    def flops_an_image(self) -> float:
-        """FLOPs of the network for one image, as training stands now."""
-        _, flops, _ = cost(self.preset.network(), self.size, self.preset.precision)
-        return forward_calls(self.preset, inputs_of(self.preset, self.trainer.step)) * flops
 
     def validate(self) -> None:
         """Measure the published weights, log it, and keep those with the best 18-view error."""
@@ -145,11 +139,11 @@ class Run:
         """Say how the run ended. Raises Stopped where it did not reach its end."""
         self.scalars.close()
         if failed:
-            blamed = set().union(*distributed.gather(self.watch.blamed)) or set().union(
-                *distributed.gather(self.watch.present))
+            blamed, present = (set().union(*distributed.gather(found)) for found in (self.watch.blamed,
+                                                                                     self.watch.present))
             raise Stopped(f"The loss or its gradient was not finite in {self.preset.patience} optimizer steps in a "
                           f"row, which were skipped; the state after {self.seen} images is saved. Slices in them: "
-                          + ", ".join(sorted(self.names[i] for i in blamed)) + ".")
+                          + ", ".join(sorted(self.names[i] for i in blamed or present)) + ".")
         distributed.finish()
         if signal:
             raise Stopped(f"Stopped by signal {signal} after {self.seen} of {self.images} images: saved; the same "

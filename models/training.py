@@ -18,7 +18,7 @@ from models.levels import LEVELS, level_of
 from models.presets import Preset
 from models.schedule import inputs_of, learning_rate, update_ema
 from models.unet import UNet
-from utils.device import bf16_pays, try_compile
+from utils.device import bf16_pays
 from utils.distributed import sync_gradients
 from utils.errors import InputError
 from utils.scalars import Step
@@ -27,24 +27,20 @@ from utils.scalars import Step
 class Trainer:
     """Updates a network batch by batch. Everything random is a function of the seed, the step and the sample's index.
 
-    steps: optimizer steps of the whole run. size: pixels of a side.
+    steps: optimizer steps of the whole run. init: a checkpoint whose weights it starts from.
     """
 
-    def __init__(self, preset: Preset, *, seed: int, steps: int, size: int, device: str, processes: int = 1,
+    def __init__(self, preset: Preset, *, seed: int, steps: int, device: str, processes: int = 1,
                  init: Path | None = None):
         self.preset, self.seed, self.steps, self.device = preset, seed, steps, device
         self.network, self.ema, self.optimizer = build(preset, seed, device, init)
         self.step, self.lr = 0, 0.0
         bf16 = preset.precision == "bf16" and bf16_pays(device)
-        if preset.precision == "bf16" and not bf16:
+        if bf16 != (preset.precision == "bf16"):
             print("This processor has no bf16 arithmetic: training in fp32.")
         self.autocast = torch.autocast(torch.device(device).type, torch.bfloat16, enabled=bf16)
-        self.model, self.average = self.network.train(), self.ema
-        if preset.compile:
-            example = torch.zeros(1, preset.channels, size, size, device=device), torch.zeros(1, device=device)
-            self.model, self.average = (try_compile(model, *example) for model in (self.network, self.ema))
-        if processes > 1:
-            self.model = DistributedDataParallel(self.model)
+        network = self.network.train()
+        self.model = DistributedDataParallel(network) if processes > 1 else network  # what is called
 
     @property
     def published(self) -> UNet:
@@ -65,9 +61,8 @@ class Trainer:
             norm, skipped = optimize(self.optimizer, self.network, self.preset.clip, self.lr)
             self.step += 1
             update_ema(self.ema, self.network, self.step, self.preset)
-            slices, views = ([x for chain in chains for x in of(chain)] for of in (lambda c: c.part.slices,
-                                                                                  lambda c: c.n_t))
-            levels = [LEVELS[level_of(n)] for n in views]
+            slices = [i for chain in chains for i in chain.part.slices]
+            levels = [LEVELS[level_of(n)] for chain in chains for n in chain.n_t]
             done.append(Step([hop] * len(slices), slices, levels, losses, norm, skipped))
         return done
 
@@ -77,7 +72,7 @@ class Trainer:
             if self.preset.estimates_by == "ema":
                 seed_dropout(self.ema, [(self.seed, self.step, i, 1) for i in chain.part.indices])
                 with torch.no_grad(), self.autocast:
-                    chain.x0_hat = self.average(*network_input(chain, self.average, self.preset))
+                    chain.x0_hat = self.ema(*network_input(chain, self.ema, self.preset))
             advance(chain, hop, self.preset)
         seed_dropout(self.network, [(self.seed, self.step, i, 0) for i in chain.part.indices])
         with sync_gradients(self.model, last):
@@ -115,7 +110,7 @@ def build(preset: Preset, seed: int, device: str, init: Path | None = None):
         if replace(weights.config, **{name: getattr(preset, name) for name in free}) != network.config:
             raise InputError(f"{init} holds another architecture than this preset; repeat the flags that made it.")
         network.load_state_dict(with_channels(weights.state_dict(), network.conv_in.in_channels))
-    if preset.channels_last and torch.device(device).type == "cuda":
+    if torch.device(device).type == "cuda":
         network.to(memory_format=torch.channels_last)
     ema = copy.deepcopy(network).requires_grad_(False).train(preset.ema_dropout)
     kind = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[preset.optimizer]

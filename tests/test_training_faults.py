@@ -22,7 +22,7 @@ from fig import plot_run
 from models import run as training_run
 from models import training
 from models.epct import loss
-from utils.device import memory_advice, try_compile
+from utils.device import memory_advice
 from utils.errors import Stopped
 from utils.files import full_disk
 from utils.nonfinite import NonFinite
@@ -158,15 +158,6 @@ def test_out_of_memory_says_which_batch_and_accumulation(go, monkeypatch):
         full()
     with pytest.raises(Stopped, match="one slice at a time"), memory_advice(2, 2, 1):
         full()
-
-
-def test_where_torch_compile_fails_the_network_runs_as_it_is(monkeypatch, capsys):
-    def fails(model):
-        raise RuntimeError("no compiler")
-    monkeypatch.setattr(torch, "compile", fails)
-    model = torch.nn.Linear(2, 2)
-    assert try_compile(model, torch.zeros(1, 2)) is model
-    assert "torch.compile does not work here (RuntimeError)" in capsys.readouterr().out
 
 
 def test_how_a_step_is_computed_may_differ_on_resume(go, tmp_path):
