@@ -65,14 +65,15 @@ def arguments() -> Parser:
     parser.add_argument("--checkpoint", default="tiny", help="as of test.py")
     parser.add_argument("--dc", type=int, help="iterations of data consistency after every network call "
                         "(default: 16, and 0 for weights that were trained without)")
-    parser.add_argument("--geometry", type=Path, help="the scanner of a measured sinogram, JSON or YAML")
+    parser.add_argument("--geometry", type=Path, help="the scanner of a measured sinogram, JSON or YAML (default: "
+                        "INPUT is a series of slices, or says it itself)")
     parser.add_argument("--dataset", help="which array of an HDF5 file (default: its only one)")
     parser.add_argument("--series", type=int, help="which of several series, from 1 (default: the only one)")
     parser.add_argument("--size", type=int, help="side in pixels (default: of a measurement the geometry's; else 256, "
                         "as trained, and for baselines the input's)")
     parser.add_argument("--format", choices=("dicom", *VOLUMES), default="dicom", help="of the output")
     parser.add_argument("--original", type=Path, help="the DICOM series that an INPUT of another format came from: its "
-                        "patient, study and place go into the output")
+                        "patient, study and place go into the output (default: none)")
     parser.add_argument("--deidentify", action="store_true", help="no patient, study or institution in the output")
     parser.add_argument("--median-z", metavar="K", type=int, default=1,
                         help="median over K neighbouring slices, odd, for consistency across them; 1: off")

@@ -124,8 +124,10 @@ class Reconstructor:
         x_T = degrade.fbp(y, size)
         denoise = denoiser(self.network, self.protocol == "cvg", self.precision, self.published_levels)
         estimate = Estimate(denoise, degrade, x_T, n, consistency, self.network.config.anchored, callback)
-        update = redegrade if consistency else shift
-        return SAMPLERS[method].run(estimate, degrade, x_T, self.chain(n), update, **options), estimate.calls
+        update, sampler = redegrade if consistency else shift, SAMPLERS[method]
+        if sampler.wraps and self.protocol == "cvg-official" and not consistency:
+            options = {"below": self.published_levels} | options
+        return sampler.run(estimate, degrade, x_T, self.chain(n), update, **options), estimate.calls
 
 
 def to_device(network: UNet, device: str, precision: str) -> UNet:

@@ -65,12 +65,14 @@ def spdps(estimate, degrade, x_T, levels, update, *,
           semantic_budget: int | None = None,  # n: passes of the semantic phase; None: 2 below 72 views, else 1
           refine_steps: int = 4,               # m: network calls of the detail phase
           tau: float = 0.97,                   # SSIM between successive estimates at which anatomy counts as settled
+          below: tuple[int, ...] = (),         # view counts of the levels ..., -2, -1
           similarity: Callable | None = None):
     """Semantic-Prioritized Dual-Phase Sampling (Chen et al., MICCAI 2025), decided slice by slice.
 
     Semantic phase: one level denser a call. Where an estimate resembles the one before (SSIM >= tau), a unit of budget
     is used. With budget left the chain restarts from the measurement with this estimate; with none left it jumps to
-    level m - 1. Detail phase: levels m - 1, ..., 0. A chain that reaches level 0 unsettled ends there.
+    level m - 1. Detail phase: levels m - 1, ..., 0. A chain that reaches level 0 unsettled ends there or, as the
+    published code does by Python's negative index, goes on through the levels `below`: 18 views, 36, ..., 288.
     With `redegrade` it neither restarts nor jumps back: when a chain returns to a level, the network expects stronger
     artefacts than remain (docs/results.md, "Data consistency"). Without a given budget n is 1 then.
     similarity(a, b): of two batches of estimates, (b,); None: SSIM in the headline window.
@@ -84,8 +86,12 @@ def spdps(estimate, degrade, x_T, levels, update, *,
     level, compare, refining = ([value] * len(x) for value in (top, False, False))
     budget = [semantic_budget or (2 if levels[-1] < 72 and returns else 1)] * len(x)
     active = list(range(len(x)))
+
+    def views(t):
+        return levels[t] if t >= 0 else below[t]
+
     while active:
-        x0_hat = estimate(x[active], [levels[level[i]] for i in active], active)
+        x0_hat = estimate(x[active], [views(level[i]) for i in active], active)
         settled = _settled(x0_hat, previous, active, compare, similarity, tau)
         moves = []  # (slice, its place in x0_hat, level from, level to)
         for j, i in enumerate(active):
@@ -98,14 +104,14 @@ def spdps(estimate, degrade, x_T, levels, update, *,
                 elif settled[j]:
                     refining[i], compare[i], s = True, False, last_jump if returns else min(last_jump, t - 1)
                 previous[i] = x0_hat[j]
-            if s >= 0:
+            if s >= (0 if refining[i] else -len(below)):
                 moves.append((i, j, t, s))
                 level[i] = s
             else:
                 out[i] = x0_hat[j]
         active = [i for i, *_ in moves]
         if moves:
-            _, estimates, n_t, n_s = zip(*((i, j, levels[t], levels[s]) for i, j, t, s in moves), strict=True)
+            _, estimates, n_t, n_s = zip(*((i, j, views(t), views(s)) for i, j, t, s in moves), strict=True)
             x[active] = update(degrade, x[active], x0_hat[list(estimates)], n_t, n_s)
     return out
 
@@ -127,6 +133,7 @@ class Sampler:
     label: str              # in figures
     run: Callable           # the pure function
     two_pass: bool = False  # needs a network with ReCo-Diff's residual channel
+    wraps: bool = False     # the published code's goes on below level 0
 
 
 SAMPLERS = {
@@ -134,5 +141,5 @@ SAMPLERS = {
     "sequential": Sampler("Sequential", sequential),
     "naive": Sampler("Cold diffusion", naive),
     "reco": Sampler("ReCo", reco, two_pass=True),
-    "spdps": Sampler("SPDPS", spdps),
+    "spdps": Sampler("SPDPS", spdps, wraps=True),
 }
