@@ -12,7 +12,8 @@ from conftest import ROOT, body
 
 PAGE = (ROOT / "docs" / "change-it.md").read_text(encoding="utf-8")
 RECIPES = dict(re.findall(r"^## (.+?)\n(.*?)(?=^## |\Z)", PAGE, re.M | re.S))
-EDIT = re.compile(r"^In `([^`]+)`, (above|below) the line that begins with `([^`]+)`:\n\n```python\n(.*?)```$", re.M | re.S)
+EDIT = re.compile(r"^In `([^`]+)`, (above|below) the line that begins with `([^`]+)`:\n\n```python\n(.*?)```$",
+                  re.M | re.S)
 COPIED = ("models", "datasets", "utils", "fig", "train.py", "test.py", "reconstruct.py")
 
 
