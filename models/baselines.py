@@ -5,8 +5,7 @@ gives what its slices alone give. callback(x), if given, sees every iterate. The
 (models/reconstructor.py). As models/samplers.py, this file needs no PyTorch before it runs.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from models.samplers import Method
 
 TV_WEIGHT = 0.001  # chosen on validation slices, see docs/results.md
 
@@ -98,17 +97,9 @@ def _gradient_transpose(q):
     return x
 
 
-@dataclass(frozen=True)
-class Baseline:
-    """A baseline as scripts and figures know it."""
-
-    label: str     # in figures
-    run: Callable  # the pure function
-
-
 BASELINES = {
-    "fbp": Baseline("FBP", fbp),
-    "fbp-fdk": Baseline("FBP (FDK weights)", fbp_fdk),
-    "sirt": Baseline("SIRT", sirt),
-    "tv": Baseline("TV", tv),
+    "fbp": Method("FBP", fbp),
+    "fbp-fdk": Method("FBP (FDK weights)", fbp_fdk),
+    "sirt": Method("SIRT", sirt),
+    "tv": Method("TV", tv),
 }

@@ -11,10 +11,9 @@ from utils.units import HU_RANGE, hu_to_mu
 def denoiser(network, clip: bool = True, precision: str = "fp32", levels: tuple[int, ...] = LEVELS):
     """denoise(x_t, n_t): R(x_t, t) for x_t (B, channels, H, H) and a list of view counts.
 
-    clip: keep estimates within what HU can be, [-1024, 3071]. That is outside every window's range but for metal, and
-    keeps the errors of a long chain from growing without bound. The published procedure does not. precision: "fp32" or
-    "bf16", the network's arithmetic. A CPU takes one slice at a time: its convolutions add in an order that depends on
-    the batch, and a chain magnifies that to 3e-4.
+    clip: keep estimates within what HU can be, [-1024, 3071], so that the errors of a long chain do not grow without
+    bound; the published procedure does not. precision: "fp32" or "bf16", the network's arithmetic. A CPU takes one
+    slice at a time: its convolutions add in an order that depends on the batch, and a chain magnifies that to 3e-4.
     """
     lowest, highest = (hu_to_mu(hu) for hu in HU_RANGE)
     device = next(network.parameters()).device

@@ -26,7 +26,7 @@ from utils.device import chosen_device
 from utils.errors import InputError
 from utils.units import hu_to_mu
 
-PROTOCOLS = ("cvg", "cvg-official")
+CHOICES = {"protocol": ("cvg", "cvg-official"), "precision": ("fp32", "bf16")}
 
 
 @dataclass
@@ -35,37 +35,35 @@ class Reconstructor:
 
     network: UNet | None = None
     scanner: PublishedScanner | Scanner = field(default_factory=PublishedScanner)
-    protocol: str = "cvg"                      # cvg-official: D' = D R on estimates, which are not clipped
-    dc: int = 0                                # iterations of data consistency after every network call
-    precision: str = "fp32"                    # of the network: fp32 or bf16
-    published_levels: tuple[int, ...] = LEVELS  # those that the network was trained for
-    levels: tuple[int, ...] | None = None      # chains pass through these, where denser than the measurement
     device: str = "cpu"
-    header: dict = field(default_factory=dict)
-    path: Path | None = None
+    precision: str = "fp32"                     # of the network: fp32 or bf16
+    protocol: str = "cvg"                       # cvg-official: D' = D R on estimates, which are not clipped
+    dc: int = 0                                 # iterations of data consistency after every network call
+    levels: tuple[int, ...] | None = None       # chains pass through these, where denser than the measurement
+    published_levels: tuple[int, ...] = LEVELS  # those that the network was trained for
+    header: dict = field(default_factory=dict)  # of the checkpoint
+    path: Path | None = None                    # and its file
+
+    def __post_init__(self):
+        for name, choices in CHOICES.items():
+            if getattr(self, name) not in choices:
+                raise InputError(f"The {name} is {getattr(self, name)!r}; expected {' or '.join(choices)}.")
 
     @classmethod
-    def from_checkpoint(cls, name: str | Path = "tiny", *, device: str | None = None, precision: str = "fp32",
-                        protocol: str | None = None, dc: int | None = None,
-                        scanner: PublishedScanner | Scanner | None = None,
-                        levels: tuple[int, ...] | None = None) -> "Reconstructor":
+    def from_checkpoint(cls, name: str | Path = "tiny", *, device: str | None = None, **given) -> "Reconstructor":
         """What a checkpoint says, unless a keyword says otherwise.
 
         name: a known name (tiny, cvg-diff), a file, or hf://owner/repository/file. device: a GPU if there is one.
-        protocol: the checkpoint's. dc: 16, or 0 for weights that were trained without data consistency. Raises
-        InputError with a sentence for what cannot be.
+        given: scanner, precision, protocol, dc and levels, as above; None is as if it were not given. By default dc is
+        16, or 0 for weights that were trained without. Raises InputError with a sentence for what cannot be.
         """
-        device = chosen_device(device)
-        path = find_checkpoint(str(name))
+        device, path = chosen_device(device), find_checkpoint(str(name))
         network, header = load_checkpoint(path)
-        protocol = protocol or header.get("protocol", "cvg")
-        if protocol not in PROTOCOLS or precision not in ("fp32", "bf16"):
-            raise InputError(f"The protocol is {protocol!r} and the precision {precision!r}; expected "
-                             f"{' or '.join(PROTOCOLS)}, and fp32 or bf16.")
-        if dc is None:
-            dc = ITERATIONS if header.get("training", {}).get("preset", {}).get("dc", 0) else 0
-        return cls(to_device(network, device, precision), scanner or PublishedScanner(), protocol, dc, precision,
-                   tuple(header.get("levels", LEVELS)), levels, device, header, path)
+        trained_with = header.get("training", {}).get("preset", {}).get("dc", 0)
+        said = {"protocol": header.get("protocol", "cvg"), "dc": ITERATIONS if trained_with else 0}
+        said |= {key: value for key, value in given.items() if value is not None}
+        return cls(to_device(network, device, said.get("precision", "fp32")), device=device, header=header, path=path,
+                   published_levels=tuple(header.get("levels", LEVELS)), **said)
 
     @property
     def degrade(self) -> Degradation:

@@ -127,8 +127,8 @@ def _settled(x0_hat, previous, active, compare, similarity, tau) -> list[bool]:
 
 
 @dataclass(frozen=True)
-class Sampler:
-    """A sampler as scripts and figures know it: nothing else has to be told of a new one."""
+class Method:
+    """A sampler or baseline as scripts and figures know it: nothing else has to be told of a new one."""
 
     label: str              # in figures
     run: Callable           # the pure function
@@ -137,9 +137,9 @@ class Sampler:
 
 
 SAMPLERS = {
-    "one-step": Sampler("One step", one_step),
-    "sequential": Sampler("Sequential", sequential),
-    "naive": Sampler("Cold diffusion", naive),
-    "reco": Sampler("ReCo", reco, two_pass=True),
-    "spdps": Sampler("SPDPS", spdps, wraps=True),
+    "one-step": Method("One step", one_step),
+    "sequential": Method("Sequential", sequential),
+    "naive": Method("Cold diffusion", naive),
+    "reco": Method("ReCo", reco, two_pass=True),
+    "spdps": Method("SPDPS", spdps, wraps=True),
 }

@@ -96,10 +96,7 @@ class Trainer:
 
 
 def build(preset: Preset, seed: int, device: str, init: Path | None = None):
-    """(network, EMA, optimizer) at the start of a run. init: a checkpoint whose weights the run starts from.
-
-    Raises InputError where these are of another architecture.
-    """
+    """(network, EMA, optimizer) at the start of a run. Raises InputError where `init` is of another architecture."""
     torch.manual_seed(seed)
     network = UNet(preset.network()).to(device, torch.float64 if preset.precision == "fp64" else torch.float32)
     if init:
@@ -109,18 +106,14 @@ def build(preset: Preset, seed: int, device: str, init: Path | None = None):
             free += ["channels", "residual_channel"]  # and a residual channel can start from none
         if replace(weights.config, **{name: getattr(preset, name) for name in free}) != network.config:
             raise InputError(f"{init} holds another architecture than this preset; repeat the flags that made it.")
-        network.load_state_dict(with_channels(weights.state_dict(), network.conv_in.in_channels))
+        state, added = weights.state_dict(), network.conv_in.in_channels - weights.conv_in.in_channels
+        state["conv_in.weight"] = F.pad(state["conv_in.weight"], (0, 0, 0, 0, 0, added))  # which are ignored at first
+        network.load_state_dict(state)
     if torch.device(device).type == "cuda":
         network.to(memory_format=torch.channels_last)
     ema = copy.deepcopy(network).requires_grad_(False).train(preset.ema_dropout)
     kind = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[preset.optimizer]
     return network, ema, kind(network.parameters(), lr=preset.lr, weight_decay=preset.weight_decay, fused=True)
-
-
-def with_channels(state: dict[str, torch.Tensor], channels: int) -> dict[str, torch.Tensor]:
-    """Weights whose first layer takes so many channels; it ignores those it did not have."""
-    first = state["conv_in.weight"]
-    return state | {"conv_in.weight": F.pad(first, (0, 0, 0, 0, 0, channels - first.shape[1]))}
 
 
 def optimize(optimizer, network, clip: float, lr: float) -> tuple[torch.Tensor, torch.Tensor]:
