@@ -41,36 +41,31 @@ def cost(config: UNetConfig, size: int, precision: str) -> tuple[int, int, int]:
 
 
 def describe_run(preset: Preset, data, device: str) -> str:
-    """Resolved configuration and cost of a run on the training slices of a folder, for a person.
-
-    The time is measured: that of one forward and backward call of one slice on this device.
-    """
+    """Resolved configuration and cost of a run on the training slices of a folder, for a person."""
     files = find_slices(data, "train")
     size = read_slices(files[:1], preset.network().multiple, True)[1].shape[-1]
     parameters, flops, kept = cost(preset.network(), size, preset.precision)
     images, steps, calls = budget(preset, len(files))
-    dtype = torch.float64 if preset.precision == "fp64" else torch.float32
-    copies = 5  # weights, EMA, gradient and the two averages of Adam
-    held = kept * -(-preset.batch // preset.accumulate) + copies * dtype.itemsize * parameters
+    copies = 5 * (8 if preset.precision == "fp64" else 4)  # bytes: weights, EMA, gradient, the two averages of Adam
+    held = kept * -(-preset.batch // preset.accumulate) + copies * parameters
+    hours = calls / 3 * seconds_a_call(preset, size, device) / 3600
     return "\n".join([
         *(f"{name:18} {value}" for name, value in asdict(preset).items()),
         f"{parameters:,} parameters; {flops / 1e9:.2f} GFLOP for a call of one slice of {size}x{size}",
         f"{images:,} images, {steps:,} optimizer steps, {calls * flops / 1e15:.4g} PFLOP",
         f"about {held / 2**30:.2f} GiB for one process, besides slices and projector tables",
-        f"about {calls / 3 * seconds_a_call(preset, size, device, dtype) / 3600:.2f} h for the network, by one call on "
-        "this device"])
+        f"about {hours:.2f} h for the network, by one call on this device"])
 
 
-def seconds_a_call(preset: Preset, size: int, device: str, dtype: torch.dtype) -> float:
-    """Seconds of one forward and backward call of one slice, measured."""
-    network = UNet(preset.network()).to(device, dtype)
-    x, t = torch.zeros(1, 1, size, size, device=device, dtype=dtype), torch.zeros(1, device=device)
+def seconds_a_call(preset: Preset, size: int, device: str) -> float:
+    """Seconds of one forward and backward call of one slice, measured; the first of two warms up."""
+    network = UNet(preset.network()).to(device, preset.dtype)
+    x, t = torch.zeros(1, 1, size, size, device=device, dtype=preset.dtype), torch.zeros(1, device=device)
     bf16 = preset.precision == "bf16" and bf16_pays(device)
-    for _ in range(2):  # the first one is slower
+    for _ in range(2):
         start = time.perf_counter()
         with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=bf16):
             x0_hat = network(x, t)
         x0_hat.sum().backward()
         network.conv_in.weight.grad.sum().item()  # waits for the device
-        seconds = time.perf_counter() - start
-    return seconds
+    return time.perf_counter() - start

@@ -100,6 +100,13 @@ class Preset:
         return UNetConfig(**{f.name: getattr(self, f.name) for f in fields(UNetConfig) if hasattr(self, f.name)})
 
     @property
+    def dtype(self):
+        """Of weights and images."""
+        import torch
+
+        return torch.float64 if self.precision == "fp64" else torch.float32
+
+    @property
     def focused(self) -> tuple[int, ...]:
         """`focus_views` as numbers."""
         return tuple(int(n) for n in self.focus_views.split())

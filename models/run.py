@@ -31,9 +31,8 @@ class Run:
         self.rank, self.processes, self.device = distributed.start(args.device)
         (self.names, slices), (_, val_slices), fingerprints = load_slices(
             args.data, args.val_fraction, preset.val_slices, args.seed, preset.network().multiple, args.strict)
-        dtype = torch.float64 if preset.precision == "fp64" else torch.float32
-        self.truths = ground_truths(slices, self.device, dtype)
-        self.val_truths = ground_truths(val_slices[self.rank::self.processes], self.device, dtype)
+        self.truths, self.val_truths = (ground_truths(mu, self.device, preset.dtype)
+                                        for mu in (slices, val_slices[self.rank::self.processes]))
         self.count, self.size = len(self.names), self.truths.shape[-1]
         self.images, steps, _ = budget(preset, self.count)
         self.description = {"preset": preset.mathematics(), "seed": args.seed, "data": fingerprints}

@@ -98,7 +98,7 @@ class Trainer:
 def build(preset: Preset, seed: int, device: str, init: Path | None = None):
     """(network, EMA, optimizer) at the start of a run. Raises InputError where `init` is of another architecture."""
     torch.manual_seed(seed)
-    network = UNet(preset.network()).to(device, torch.float64 if preset.precision == "fp64" else torch.float32)
+    network = UNet(preset.network()).to(device, preset.dtype)
     if init:
         weights, _ = load_checkpoint(init, device)
         free = ["conditioning", "dropout", "zero_init"]  # these have no weights of their own,
