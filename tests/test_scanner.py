@@ -12,11 +12,13 @@ from conftest import run
 from pydicom.uid import ExplicitVRLittleEndian, ImplicitVRLittleEndian
 
 from datasets.dicom import Refused
-from datasets.scanner import fbp, make_scanner, projector, read_geometry, to_pixels, view_weights
 from datasets.sinograms import is_projections, read_sinograms
+from models.consistency import data_consistency
 from models.degradation import Degradation
-from models.measured import MeasuredDegradation, measured_consistency
-from utils.reconstruct import main
+from models.reconstructor import Reconstructor
+from models.scanner import PublishedScanner, make_scanner, read_geometry, to_pixels, view_weights
+from reconstruct import main
+from utils.errors import InputError
 
 # Ellipses of a body without any symmetry: middle x, y (mm, right and down), half axes, turn, attenuation in water.
 BODY = [(0, 0, 150, 120, 0, 1.0), (40, 30, 30, 20, 0.4, 0.3), (-60, -20, 25, 40, -0.3, -0.5), (10, -60, 15, 15, 0, 0.8)]
@@ -64,6 +66,11 @@ def line_integrals(scanner):
     return np.array(rows, np.float32)
 
 
+def fbp(scanner, lines, size):
+    """(size, size) from line integrals (views, bins)."""
+    return Degradation(scanner).fbp(to_pixels(scanner, lines, size)[None, None], size)[0, 0]
+
+
 def psnr(mu, want):
     """In the headline window, 3000 HU wide."""
     return -10 * np.log10((((np.asarray(mu) - want) / 0.192 / 3) ** 2).mean())
@@ -81,12 +88,12 @@ def test_fbp_of_analytic_line_integrals_is_the_phantom(change):
     scanner = make_scanner(fields)
     lines = line_integrals(scanner)
     want = phantom(128)
-    assert psnr(fbp(scanner, to_pixels(scanner, lines, 128), 128), want) > 35
+    assert psnr(fbp(scanner, lines, 128), want) > 35
     other = make_scanner(fields | {"direction": "cw" if scanner.direction == "ccw" else "ccw"})
-    assert psnr(fbp(other, to_pixels(other, lines, 128), 128), want) < 30  # so orientation is indeed seen
+    assert psnr(fbp(other, lines, 128), want) < 30  # so orientation is indeed seen
     for flip, turned in (("left-right", want[:, ::-1]), ("up-down", want[::-1])):
         flipped = make_scanner(fields | {"flip_image": flip})
-        assert psnr(fbp(flipped, to_pixels(flipped, lines, 128), 128), turned) > 35
+        assert psnr(fbp(flipped, lines, 128), turned) > 35
 
 
 def test_water_and_thinned_views():
@@ -97,7 +104,7 @@ def test_water_and_thinned_views():
     few, chosen = scanner.thinned(50)
     assert len(few.angles) == 50 and [scanner.angles[i] for i in chosen] == list(few.angles)
     np.testing.assert_allclose(view_weights(few), 1, atol=0.1)
-    with pytest.raises(ValueError, match="holds 720 views"):
+    with pytest.raises(InputError, match="holds 720 views"):
         scanner.thinned(721)
     for views, factor in ((50, 2), (100, 3), (720, 2)):
         few, _ = scanner.thinned(views)
@@ -116,7 +123,7 @@ def test_water_and_thinned_views():
     ({"angles": {"start": 0, "step": 1}}, "expected start, step and count"), ({"angles": ["a"]}, "finite"),
     ({"detector_distance_mm": -1}, "below 0"), ({"beam": "parallel", "detector_shape": "curved"}, "curved")])
 def test_geometries_that_cannot_be_are_refused_with_the_reason(change, text):
-    with pytest.raises(ValueError, match=text):
+    with pytest.raises(InputError, match=text):
         make_scanner(FAN | change)
 
 
@@ -128,35 +135,62 @@ def test_geometry_files(tmp_path):
     bad = {"a.json": "{", "b.json": "[1]", "c.yaml": "a: [", "d.yaml": "!!python/object/apply:os.getcwd []"}
     for name, text in bad.items():
         (tmp_path / name).write_text(text)
-        with pytest.raises(ValueError, match="geometry"):
+        with pytest.raises(InputError, match="geometry"):
             read_geometry(tmp_path / name)
-    with pytest.raises(ValueError, match="lacks angles"):
+    with pytest.raises(InputError, match="lacks angles"):
         make_scanner({})
 
 
 def test_the_sinogram_must_fit_the_geometry():
     scanner = make_scanner(FAN)
-    with pytest.raises(ValueError, match="700 views of 500 bins, the geometry 720 of 500"):
+    with pytest.raises(InputError, match="700 views of 500 bins, the geometry 720 of 500"):
         to_pixels(scanner, np.zeros((700, 500)), 64)
-    with pytest.raises(ValueError, match="NaN"):
+    with pytest.raises(InputError, match="NaN"):
         to_pixels(scanner, np.full((720, 500), np.nan), 64)
 
 
+PUBLISHED_IN_MM = {"angles": {"start": 0, "step": 10, "count": 36}, "detector_count": 84, "detector_pitch_mm": 2.0,
+                   "field_of_view_mm": 32, "source_distance_mm": 134.375, "detector_distance_mm": 134.375, "size": 32}
+
+
 def test_chain_in_the_measured_geometry():
-    """CvG's own scanner, told in mm, degrades as Degradation does but for the true weights; dc meets the sinogram."""
-    fields = {"angles": {"start": 0, "step": 10, "count": 36}, "detector_count": 84, "detector_pitch_mm": 2.0,
-              "field_of_view_mm": 32, "source_distance_mm": 134.375, "detector_distance_mm": 134.375}
-    scanner, x = make_scanner(fields), torch.from_numpy(phantom(32)).float()[None, None]
-    degrade = MeasuredDegradation(scanner)
+    """CvG's own scanner, told in mm, degrades as the published one does but for the true weights; dc meets the
+    sinogram."""
+    scanner, x = make_scanner(PUBLISHED_IN_MM), torch.from_numpy(phantom(32)).float()[None, None]
+    degrade = Degradation(scanner)
     for n in (36, 72):
-        torch.testing.assert_close(degrade(x, [n]), Degradation()(x, n), atol=0.004, rtol=0)
-    shifted = degrade.shift(degrade(x, [36]), x, [36], [72])
-    torch.testing.assert_close(shifted, degrade(x, [72]), atol=1e-5, rtol=0)
-    y = projector(scanner, 32).forward(x)
-    dc = measured_consistency(scanner, torch.cat([y, 2 * y]), 20)
-    corrected = dc(torch.zeros_like(x), [1])
-    assert (projector(scanner, 32).forward(corrected) - 2 * y).norm() < 0.01 * y.norm()
-    assert measured_consistency(scanner, y, 0) is None
+        torch.testing.assert_close(degrade(x, n), Degradation()(x, n), atol=0.004, rtol=0)
+        torch.testing.assert_close(degrade.project(x, n), Degradation().project(x, n), rtol=1e-5, atol=1e-5)
+    shifted = degrade.shift(degrade(x, 36), x, [36], [72])
+    torch.testing.assert_close(shifted, degrade(x, 72), atol=1e-5, rtol=0)
+    y = degrade.project(x, 36)
+    corrected = data_consistency(degrade, torch.cat([y, 2 * y]), 20)(torch.zeros_like(x), [1])
+    assert (degrade.project(corrected, 36) - 2 * y).norm() < 0.01 * y.norm()
+    assert data_consistency(degrade, y, 0) is None
+
+
+def test_both_scanners_keep_one_contract():
+    for scanner in (PublishedScanner(0.5), make_scanner(PUBLISHED_IN_MM)):
+        for n in (36, 50):
+            theta, shares = scanner.theta(n), scanner.shares(n)
+            assert len(theta) == n and isinstance(theta, tuple) and (shares is None or len(shares) == n)
+            assert scanner.projector(32, theta) is scanner.projector(32, theta), "made once"
+            assert scanner.projector(32, theta).det_count == 84 and scanner.size_of(84) == 32
+    np.testing.assert_allclose(PublishedScanner(0.5).theta(4), 0.5 + np.pi / 2 * np.arange(4))
+    np.testing.assert_allclose(make_scanner(PUBLISHED_IN_MM).theta(36), PublishedScanner().theta(36), rtol=1e-12)
+    assert PublishedScanner(0.5).from_zero() == PublishedScanner()
+
+
+def test_line_integrals_of_a_real_scanner_become_an_image_by_five_lines():
+    """`sinograms` takes them as measured, one slice or several; the side is the scanner's own."""
+    scanner = make_scanner(FAN | {"direction": "cw", "detector_offset_mm": -6.3})
+    lines, r = line_integrals(scanner), Reconstructor(scanner=scanner)
+    x0_hat, calls = r.run("fbp", r.sinograms(np.stack([lines, 0 * lines])))
+    assert x0_hat.shape == (2, 1, 128, 128) and calls == [0, 0] and not x0_hat[1].any()
+    assert psnr(x0_hat[0, 0], phantom(128)) > 35
+    assert r.run("fbp", r.sinograms(lines, 64), 64)[0].shape == (1, 1, 64, 64)
+    with pytest.raises(InputError, match="500 bins"):
+        r.sinograms(lines[:, :-1])
 
 
 def write_projections(folder, lines, scanner, syntax=ExplicitVRLittleEndian, skip=(), **change):
@@ -210,7 +244,7 @@ def test_an_array_with_its_geometry_reconstructs_to_the_phantom_at_the_command_l
     fields = FAN | {"direction": direction, "detector_offset_mm": 6.3}
     np.save(tmp_path / "scan.npy", line_integrals(make_scanner(fields)))
     (tmp_path / "g.json").write_text(json.dumps(fields))
-    run("-m", "utils.reconstruct", tmp_path / "scan.npy", "--geometry", tmp_path / "g.json", "--method", "fbp",
+    run("reconstruct.py", tmp_path / "scan.npy", "--geometry", tmp_path / "g.json", "--method", "fbp",
         "--format", "npy", "--out", tmp_path / "out")
     mu, want = np.load(tmp_path / "out/volume.npy")[0] / 1000 * 0.192 + 0.192, phantom(128)
     assert psnr(mu, want) > 35
