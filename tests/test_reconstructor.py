@@ -141,8 +141,9 @@ def test_a_method_that_cannot_run_is_refused_before_anything_is_computed():
 def test_baselines_need_no_network(method, hu):
     r, options = Reconstructor(), {"iterations": 3} if method in ("sirt", "tv") else {}
     y = r.simulate(hu, views=36)
-    x0_hat, calls = r.run(method, y, **options)
+    x0_hat, calls = r.run(method, y.clone().requires_grad_(), **options)
     assert torch.equal(x0_hat, BASELINES[method].run(r.degrade, y, SIZE, **options)) and calls == [0, 0]
+    assert not x0_hat.requires_grad, "nothing is kept for gradients"
 
 
 def test_consistency_follows_every_call_and_the_update_follows_consistency(hu):
