@@ -69,6 +69,13 @@ def test_vif_orders_images_by_what_they_still_say():
     assert torch.isnan(vif(truth[..., :40, :40], truth[..., :40, :40])).all()
 
 
+@pytest.mark.parametrize(("seed", "width", "centre", "expected"), [
+    (0, 3000, 500, 0.986608), (1, 3000, 500, 0.672768), (2, 3000, 500, 0.516227), (1, 500, 50, 0.394549)])
+def test_vif_is_that_of_a_window_of_255_grey_values(seed, width, centre, expected):
+    """Another scale of grey values is another ratio to its noise variance of 2."""
+    assert score(*pair(seed), width, centre, slow=True)["vif"].item() == pytest.approx(expected, abs=1e-5)
+
+
 def test_every_metric_knows_its_truth_and_which_way_is_better():
     """The slow ones are measured when asked for."""
     estimate, truth = pair(1)
