@@ -8,8 +8,9 @@ import torch
 from conftest import body
 
 from models.baselines import BASELINES, _gradient, _gradient_transpose, fbp, fbp_fdk, sirt, tv
-from models.degradation import Degradation, equal_angles, projector
-from utils.metrics import measure
+from models.degradation import Degradation
+from models.scanner import PublishedScanner
+from utils.metrics import score
 from utils.units import WINDOWS, hu_to_mu
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -24,22 +25,22 @@ def phantoms():
 
 
 def psnr(x, truth):
-    return measure(x, truth, *WINDOWS[0])["psnr"].min().item()
+    return score(x, truth, *WINDOWS[0])["psnr"].min().item()
 
 
 def test_fbp_by_both_weights_is_the_reference():
     fan, more = np.load(GOLDEN / "fanbeam.npz"), np.load(GOLDEN / "more.npz")
-    y = DEGRADE.project(torch.from_numpy(fan["x0"]).reshape(1, 1, 256, 256), [72])
+    y = DEGRADE.project(torch.from_numpy(fan["x0"]).reshape(1, 1, 256, 256), 72)
     for method, expected in ((fbp, fan["D72"]), (fbp_fdk, more["fdk_D72"])):
         expected = torch.from_numpy(expected)
         assert (method(DEGRADE, y, 256)[0, 0] - expected).norm() <= 2e-5 * expected.norm()
 
 
 def test_sirt_converges_to_the_phantom(phantoms):
-    y, operator = DEGRADE.project(phantoms, [N] * 2), projector(SIZE, equal_angles(N))
+    y, operator = DEGRADE.project(phantoms, N), DEGRADE.operator(SIZE, N)
     residuals = []
     x = sirt(DEGRADE, y, SIZE, 100,
-             callback=lambda x: residuals.append((operator.forward(x) - torch.stack(y)).flatten(1).norm(dim=1)))
+             callback=lambda x: residuals.append((operator.forward(x) - y).flatten(1).norm(dim=1)))
     assert all((b < a).all() for a, b in zip(residuals, residuals[1:], strict=False))
     assert (residuals[-1] < 0.03 * residuals[0]).all() and x.min() >= 0
     assert psnr(x, phantoms) > psnr(fbp(DEGRADE, y, SIZE), phantoms) + 2
@@ -48,12 +49,12 @@ def test_sirt_converges_to_the_phantom(phantoms):
 def objective(x, y, weight):
     """What `tv` minimises, for each slice."""
     weight = weight * (SIZE / 256) ** 2
-    misfit = (projector(SIZE, equal_angles(N)).forward(x) - torch.stack(y)).square().flatten(1).sum(1) / (2 * N)
+    misfit = (DEGRADE.operator(SIZE, N).forward(x) - y).square().flatten(1).sum(1) / (2 * N)
     return misfit + weight * _gradient(x).norm(dim=1).flatten(1).sum(1)
 
 
 def test_tv_minimises_its_objective(phantoms):
-    y, weight = DEGRADE.project(phantoms, [N] * 2), 0.1
+    y, weight = DEGRADE.project(phantoms, N), 0.1
     seen = []
     x = tv(DEGRADE, y, SIZE, weight, 400, callback=lambda x: seen.append(objective(x, y, weight)))
     start, reached = objective(fbp(DEGRADE, y, SIZE), y, weight), seen[-1]
@@ -74,9 +75,9 @@ def test_the_gradients_transpose_is_one():
 
 @pytest.mark.parametrize("name", BASELINES)
 def test_a_batch_gives_what_its_slices_give_alone_at_any_start_angle(name, phantoms):
-    degrade = Degradation(start=0.3)
-    y = degrade.project(phantoms, [24] * 2)
-    together = BASELINES[name](degrade, y, SIZE)
+    degrade = Degradation(PublishedScanner(0.3))
+    y = degrade.project(phantoms, 24)
+    together = BASELINES[name].run(degrade, y, SIZE)
     for i, x in enumerate(together):
-        assert torch.equal(x, BASELINES[name](degrade, y[i:i + 1], SIZE)[0])
-    assert psnr(together, phantoms) > psnr(BASELINES[name](DEGRADE, y, SIZE), phantoms) + 1, "the angle matters"
+        assert torch.equal(x, BASELINES[name].run(degrade, y[i:i + 1], SIZE)[0])
+    assert psnr(together, phantoms) > psnr(BASELINES[name].run(DEGRADE, y, SIZE), phantoms) + 1, "the angle matters"

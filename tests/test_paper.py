@@ -7,12 +7,15 @@ import pytest
 import torch
 from conftest import write_slices
 
+import models.run
+import models.training
 import train
 from datasets.loader import batches, load_slices, sample_at
-from models.degradation import LEVELS, Degradation
-from models.epct import compose, denser_views, measured_views
+from models.degradation import Degradation
+from models.epct import compose, draw_views, next_level
+from models.levels import LEVELS
 from models.presets import PRESETS
-from models.schedule import learning_rate, steps_of, update_ema, validation_due
+from models.schedule import inputs_of, learning_rate, update_ema, validation_due
 from models.unet import UNet, UNetConfig
 from utils.state import newest_state
 
@@ -24,7 +27,7 @@ def test_paper_schedule():
     spans = list(batches(count, 4, 40 * count))
     assert len(spans) == 40 * 1218 and spans[1217] == (4868, 4869) and spans[1218] == (4869, 4873)
     rates = [learning_rate(paper, 0, 0, epoch) for epoch in range(40)]
-    assert [steps_of(paper, step) for step in (0, 1999, 2000, 2001)] == [1, 1, 2, 2]
+    assert [inputs_of(paper, step) for step in (0, 1999, 2000, 2001)] == [1, 1, 2, 2]
     assert rates == [4e-5] * 25 + [4e-5 * 0.8] * 15
     assert sorted(sample_at(i, 7, 5, 3)[0] for i in range(7, 14)) == list(range(7))
     assert (validation_due(paper, 4868, 4869, 40 * 4869, 4869), paper.val_sampler) == (True, "sequential")
@@ -35,10 +38,10 @@ def test_paper_schedule():
 def test_composed_levels_are_the_published_draw():
     """t' ~ U{0..t-1}; t - 1 where no jumps are made; level 0 stays."""
     uniform = np.random.default_rng(0).random((8000, 2))
-    draws = np.bincount([LEVELS.index(denser_views(LEVELS[5], LEVELS, u, jumps=1.0)) for u in uniform])
+    draws = np.bincount([LEVELS.index(next_level(LEVELS[5], LEVELS, u, jumps=1.0)) for u in uniform])
     assert len(draws) == 5 and np.abs(draws - 1600).max() < 150
-    assert {denser_views(54, LEVELS, u, jumps=0.0) for u in uniform[:50]} == {72}
-    assert {denser_views(288, LEVELS, u, 0.5) for u in uniform[:50]} == {288}
+    assert {next_level(54, LEVELS, u, jumps=0.0) for u in uniform[:50]} == {72}
+    assert {next_level(288, LEVELS, u, 0.5) for u in uniform[:50]} == {288}
 
 
 @pytest.mark.parametrize(("step", "expected"), [(10, 1.0), (11, 0.0), (1990, 1.0), (2000, 0.005), (2005, 0.0)])
@@ -65,7 +68,7 @@ def test_composed_inputs():
 def test_paper_steps_twice_a_batch_with_the_ema_as_it_stands(data, tmp_path, monkeypatch):
     """One t and one t' a batch; L1's step, the EMA's update, then L2 on what that EMA estimates from x_t."""
     calls, updates = [], []
-    plain_forward, plain_update = UNet.forward, train.update_ema
+    plain_forward, plain_update = UNet.forward, models.training.update_ema
 
     def forward(network, x, t):
         out = plain_forward(network, x, t)
@@ -77,8 +80,8 @@ def test_paper_steps_twice_a_batch_with_the_ema_as_it_stands(data, tmp_path, mon
         plain_update(ema, network, step, preset)
 
     monkeypatch.setattr(UNet, "forward", forward)
-    monkeypatch.setattr(train, "update_ema", update)
-    monkeypatch.setattr(train, "validate", lambda *_: ({"val18/mse": 1.0}, torch.zeros(1, 4, 4)))
+    monkeypatch.setattr(models.training, "update_ema", update)
+    monkeypatch.setattr(models.run, "validate", lambda *_: ({"val18/mse": 1.0}, torch.zeros(1, 4, 4)))
     train.main(["--preset", "paper", "--width", "32", "--data", str(data), "--out", str(tmp_path / "out"), "--images",
                 "16", "--epct-start", "2", "--device", "cpu"])
     # Batches 1 and 2 end with k = 1, 2; batch 3 has k = 3 > 2 after L1: EMA call and L2; batch 4 likewise.
@@ -135,7 +138,7 @@ def test_paper_is_the_plain_loop_of_the_paper(tmp_path, monkeypatch):
     """
     write_slices(tmp_path / "data" / "train_img", ("A", "B"), 1, 16)
     write_slices(tmp_path / "data" / "val_img", ("C",), 1, 16)
-    monkeypatch.setattr(train, "validate", lambda *_: ({"val18/mse": 1.0}, torch.zeros(1, 4, 4)))
+    monkeypatch.setattr(models.run, "validate", lambda *_: ({"val18/mse": 1.0}, torch.zeros(1, 4, 4)))
     train.main(["--preset", "paper", "--width", "32", "--dropout", "0", "--data", str(tmp_path / "data"), "--out",
                 str(tmp_path / "out"), "--epochs", "27", "--epct-start", "5", "--ema-start", "25", "--seed", "3407",
                 "--precision", "fp64", "--device", "cpu"])
@@ -156,18 +159,19 @@ def test_paper_fields():
     assert (paper.optimizer, paper.lr, paper.weight_decay, paper.clip, paper.schedule) == ("adam", 4e-5, 0, 1, "step")
     assert (paper.batch, paper.epochs, paper.images, paper.precision, paper.dropout) == (4, 40, 0, "fp32", 0.1)
     assert (paper.ema, paper.ema_every, paper.ema_start, paper.ema_dropout) == (0.995, 10, 2000, True)
-    assert (paper.epct_start, paper.hops, paper.jumps, paper.update, paper.rollout) == (2000, 1, 1.0, "shift", "ema")
+    assert (paper.epct_start, paper.hops, paper.jumps, paper.update) == (2000, 1, 1.0, "shift")
+    assert paper.estimates_by == "ema"
     assert (paper.loss, paper.publish, paper.val_sampler) == ("mse", "raw", "sequential")
     assert paper.network() == UNetConfig()
-    assert not (paper.augment or paper.deforms or paper.per_sample_levels or paper.dc or paper.focus or paper.between)
-    assert paper.starts == 1 and paper.accumulate == 1 and not paper.combined and paper.warmup == 0
+    assert not (paper.augment or paper.per_sample_levels or paper.dc or paper.focus_share or paper.any_view_share)
+    assert paper.accumulate == 1 and paper.warmup == 0
 
 
 def test_the_recorded_seed_draws_these_levels():
     """One t in {0..7} a batch, from its first slice: a run of today repeats those of yesterday."""
     draws = [sample_at(4 * i, 4869, 3407, 3)[2] for i in range(4000)]
-    levels = [LEVELS.index(measured_views(u[0], PRESETS["paper"])) for u in draws]
+    levels = [LEVELS.index(draw_views(u[0], PRESETS["paper"])) for u in draws]
     assert levels[:12] == [3, 3, 5, 6, 1, 7, 4, 5, 4, 2, 0, 4]
     assert np.abs(np.bincount(levels, minlength=8) - 500).max() < 90
-    assert all(denser_views(LEVELS[t], LEVELS, u[1:], 1.0) > LEVELS[t] or t == 0
+    assert all(next_level(LEVELS[t], LEVELS, u[1:], 1.0) > LEVELS[t] or t == 0
                for t, u in zip(levels, draws, strict=True))

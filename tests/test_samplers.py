@@ -1,4 +1,4 @@
-"""Samplers: the published traces call for call, batches against single slices, limits."""
+"""Samplers: the published traces call for call, batches against single slices, limits; the estimate they call."""
 
 import json
 from pathlib import Path
@@ -8,13 +8,21 @@ import torch
 from conftest import ROOT
 
 from datasets.slices import find_slices, read_slices
-from models.checkpoint import denoiser, find_checkpoint, load_checkpoint, placed
-from models.consistency import data_consistency
-from models.degradation import LEVELS, Degradation, levels_for, multiples
-from models.samplers import SAMPLERS, one_step, reco, sequential, spdps
-from utils.units import hu_to_mu
+from models.degradation import Degradation
+from models.estimate import Estimate, anchored_residual, denoiser
+from models.levels import LEVELS, levels_for
+from models.reconstructor import Reconstructor
+from models.samplers import SAMPLERS, redegrade, shift
+from utils.units import HU_RANGE, hu_to_mu
 
 TRACES = json.loads((Path(__file__).parent / "golden" / "spdps_traces.json").read_text())
+
+
+def sample(name, denoise, degrade, x_T, levels, update=shift, *, consistency=None, anchored=False, callback=None,
+           **options):
+    """(x0_hat, calls of each slice) of a sampler with a stand-in for the network."""
+    estimate = Estimate(denoise, degrade, x_T, levels[-1], consistency, anchored, callback)
+    return SAMPLERS[name].run(estimate, degrade, x_T, levels, update, **options), estimate.calls
 
 
 class Recorder:
@@ -38,9 +46,9 @@ class Recorder:
 @pytest.mark.parametrize("trace", TRACES, ids=range(len(TRACES)))
 def test_spdps_reproduces_the_published_traces(trace):
     recorder, scripted = Recorder(), iter(trace["ssim"])
-    out, nfe = spdps(recorder.denoise, recorder, torch.zeros(1, 1, 8, 8), LEVELS[:trace["t_start"] + 1],
-                     semantic_budget=trace["semantic_budget"], refine_steps=trace["refine_steps"],
-                     similarity=lambda a, b: torch.tensor([next(scripted)]))
+    out, nfe = sample("spdps", recorder.denoise, recorder, torch.zeros(1, 1, 8, 8), LEVELS[:trace["t_start"] + 1],
+                      semantic_budget=trace["semantic_budget"], refine_steps=trace["refine_steps"],
+                      similarity=lambda a, b: torch.tensor([next(scripted)]))
     assert recorder.levels == trace["levels"]
     assert nfe == [trace["nfe"]]
     assert recorder.degradations == trace["degrade"]
@@ -49,13 +57,14 @@ def test_spdps_reproduces_the_published_traces(trace):
 
 def test_spdps_that_never_settles_ends_at_the_densest_level():
     recorder = Recorder()
-    _, nfe = spdps(recorder.denoise, recorder, torch.zeros(1, 1, 8, 8), LEVELS, similarity=lambda a, b: torch.zeros(1))
+    _, nfe = sample("spdps", recorder.denoise, recorder, torch.zeros(1, 1, 8, 8), LEVELS,
+                    similarity=lambda a, b: torch.zeros(1))
     assert recorder.levels == [7, 6, 5, 4, 3, 2, 1, 0] and nfe == [8]
 
 
 def test_spdps_from_the_densest_level_is_one_call():
     recorder = Recorder()
-    _, nfe = spdps(recorder.denoise, recorder, torch.zeros(2, 1, 8, 8), levels_for(288))
+    _, nfe = sample("spdps", recorder.denoise, recorder, torch.zeros(2, 1, 8, 8), levels_for(288))
     assert nfe == [1, 1] and recorder.degradations == []
 
 
@@ -73,45 +82,43 @@ def slices():
     return Degradation()(x.clamp(0, 1) * torch.linspace(0.1, 0.5, 8).view(8, 1, 1, 1), 18)
 
 
+@pytest.mark.parametrize("update", [shift, redegrade])
 @pytest.mark.parametrize("anchored", [False, True])
 @pytest.mark.parametrize("name", SAMPLERS)
-def test_a_batch_gives_what_its_slices_give_alone(name, anchored, slices):
-    options = {"anchored": anchored} | ({"tau": 0.9} if name == "spdps" else {})
+def test_a_batch_gives_what_its_slices_give_alone(name, anchored, update, slices):
+    options = {"anchored": anchored} | ({"tau": 0.9 if update is shift else 0.99} if name == "spdps" else {})
     degrade, levels = Degradation(), levels_for(18)
-    together, nfe = SAMPLERS[name](smooth, degrade, slices, levels, **options)
-    alone = [SAMPLERS[name](smooth, degrade, slices[i:i + 1], levels, **options) for i in range(8)]
+    together, nfe = sample(name, smooth, degrade, slices, levels, update, **options)
+    alone = [sample(name, smooth, degrade, slices[i:i + 1], levels, update, **options) for i in range(8)]
     assert nfe == [calls for _, (calls,) in alone]
     if name == "spdps":
         assert len(set(nfe)) > 1, "the case must make slices differ in their number of calls"
     assert torch.equal(together, torch.cat([x for x, _ in alone]))
 
 
-@pytest.mark.parametrize("name", SAMPLERS)
+@pytest.mark.parametrize("name", [name for name, sampler in SAMPLERS.items() if not sampler.two_pass])
 def test_chains_look_at_the_anchored_residual(name, slices):
-    """Where there is more than one call, and but for reco, which has its own."""
-    x = [SAMPLERS[name](smooth, Degradation(), slices[:2], levels_for(72), anchored=a)[0] for a in (False, True)]
-    assert torch.equal(*x) == (name in ("one-step", "reco"))
+    """Where there is more than one call. A two-pass sampler has its own residual: `Reconstructor.check` refuses it."""
+    x = [sample(name, smooth, Degradation(), slices[:2], levels_for(72), anchored=a)[0] for a in (False, True)]
+    assert torch.equal(*x) == (name == "one-step")
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_a_batch_of_the_shipped_network_gives_what_slices_alone_give(precision):
     """To the bit: data consistency magnifies what rounding leaves of a difference a thousandfold along the chain."""
     _, hu = read_slices(find_slices(ROOT / "datasets" / "sample", "test")[:3])
-    degrade, network = Degradation(), load_checkpoint(find_checkpoint("tiny"))[0]
-    denoise = denoiser(placed(network, "cpu", precision), precision=precision)
-    y = degrade.project(degrade.full(hu_to_mu(torch.from_numpy(hu))[:, None]), [24] * 3)
-
-    def go(sampler, y):
-        return sampler(denoise, degrade, degrade.fbp(y, 256), multiples(24), dc=data_consistency(degrade, y, 8),
-                       anchored=network.config.anchored)[0]
-
-    for sampler in (one_step, sequential, spdps):
-        assert torch.equal(go(sampler, y), torch.cat([go(sampler, y[i:i + 1]) for i in range(3)]))
+    r = Reconstructor.from_checkpoint("tiny", device="cpu", precision=precision, dc=8)
+    y = r.degrade.project(r.degrade.full(hu_to_mu(torch.from_numpy(hu))[:, None]), 24)
+    for method in ("one-step", "sequential", "spdps"):
+        together, calls = r.run(method, y)
+        alone = [r.run(method, y[i:i + 1]) for i in range(3)]
+        assert torch.equal(together, torch.cat([x for x, _ in alone])) and calls == [n for _, (n,) in alone]
 
 
 def test_callback_sees_every_call(slices):
     seen = []
-    _, nfe = spdps(smooth, Degradation(), slices, levels_for(18), lambda i, v, x: seen.extend(i), tau=0.9)
+    _, nfe = sample("spdps", smooth, Degradation(), slices, levels_for(18), callback=lambda i, v, x: seen.extend(i),
+                    tau=0.9)
     assert [seen.count(i) for i in range(8)] == nfe
 
 
@@ -123,10 +130,11 @@ def test_a_perfect_network_sees_the_truths_degradations_in_every_chain(slices):
         torch.testing.assert_close(x[:, 1:], torch.zeros_like(x[:, 1:]), rtol=0, atol=1e-4)
         return truth[:len(x)]
 
-    for sampler in SAMPLERS.values():
+    for name in SAMPLERS:
         for anchored in (False, True):
-            out, _ = sampler(denoise, degrade, degrade(truth, 36), levels_for(36), anchored=anchored)
-            torch.testing.assert_close(out, truth)
+            for update in (shift, redegrade):
+                out, _ = sample(name, denoise, degrade, degrade(truth, 36), levels_for(36), update, anchored=anchored)
+                torch.testing.assert_close(out, truth)
 
 
 @pytest.mark.parametrize(("views", "calls"), [(18, 18), (36, 16), (72, 12), (288, 2)])
@@ -139,7 +147,7 @@ def test_reco_calls_twice_a_level_and_restarts_once(views, calls, slices):
         return 0.9 * x_t[:, :1]
 
     degrade, x_T = Degradation(), slices[:1]
-    _, nfe = reco(denoise, degrade, x_T, levels)
+    _, nfe = sample("reco", denoise, degrade, x_T, levels)
     assert nfe == [calls] == [len(seen)]
     if views == 72:
         assert [n for n, _ in seen[::2]] == [72, 126, 126, 180, 234, 288]
@@ -150,24 +158,97 @@ def test_reco_calls_twice_a_level_and_restarts_once(views, calls, slices):
         torch.testing.assert_close(residuals[1], torch.tanh(x_T - degrade(0.9 * x_T, 72)))
 
 
-def test_spdps_restarts_only_without_data_consistency(slices):
-    """Two estimates a pass of the semantic phase and four of detail; the budget given counts either way."""
-    def nfe(**options):
-        return spdps(smooth, Degradation(), slices[:1], levels_for(18), similarity=lambda a, b: torch.ones(len(a)),
-                     **options)[1]
+def test_reco_is_made_consistent_after_second_calls_alone(slices):
+    corrected = []
 
     def dc(x0_hat, slices):
+        corrected.append(x0_hat)
         return x0_hat
 
-    assert (nfe(), nfe(dc=dc), nfe(dc=dc, semantic_budget=2)) == ([8], [6], [8])
+    sample("reco", smooth, Degradation(), slices[:1], levels_for(72), redegrade, consistency=dc)
+    assert len(corrected) == 6
+
+
+def test_spdps_restarts_only_with_the_published_update(slices):
+    """Two estimates a pass of the semantic phase and four of detail; the budget given counts either way."""
+    def nfe(update, **options):
+        return sample("spdps", smooth, Degradation(), slices[:1], levels_for(18), update,
+                      similarity=lambda a, b: torch.ones(len(a)), **options)[1]
+
+    assert (nfe(shift), nfe(redegrade), nfe(redegrade, semantic_budget=2)) == ([8], [6], [8])
 
 
 def test_spdps_visits_no_level_again_with_data_consistency():
     """72 views, settled at once: 72, 126, and 180 next, where the published sampler visits 126 again."""
-    def visited(dc):
+    def visited(update):
         recorder = Recorder()
-        spdps(recorder.denoise, recorder, torch.zeros(1, 1, 8, 8), levels_for(72), dc=dc, semantic_budget=1,
-              similarity=lambda a, b: torch.ones(1))
+        sample("spdps", recorder.denoise, recorder, torch.zeros(1, 1, 8, 8), levels_for(72), update, semantic_budget=1,
+               similarity=lambda a, b: torch.ones(1))
         return recorder.levels
 
-    assert visited(None) == [4, 3, 3, 2, 1, 0] and visited(lambda x0_hat, slices: x0_hat) == [4, 3, 2, 1, 0]
+    assert visited(shift) == [4, 3, 3, 2, 1, 0] and visited(redegrade) == [4, 3, 2, 1, 0]
+
+
+def test_the_updates_are_those_of_the_papers(slices):
+    degrade, x_t, x0_hat = Degradation(), slices[:2], slices[2:4]
+    expected = x_t - degrade(x0_hat, [18, 36]) + degrade(x0_hat, [36, 54])
+    torch.testing.assert_close(shift(degrade, x_t, x0_hat, [18, 36], [36, 54]), expected, rtol=1e-4, atol=1e-5)
+    assert torch.equal(redegrade(degrade, x_t, x0_hat, [18, 36], [36, 54]), degrade(x0_hat, [36, 54]))
+
+
+def test_an_estimate_counts_its_calls_and_tells_which_slices_are_in_them():
+    seen, shown, x_T = [], [], torch.arange(3.0).view(3, 1, 1, 1).expand(3, 1, 8, 8)
+
+    def dc(x0_hat, slices):
+        seen.append((list(slices), x0_hat[:, 0, 0, 0].tolist()))
+        return x0_hat + 100
+
+    estimate = Estimate(lambda x, n: 10 * x, None, x_T, 18, dc, callback=lambda *told: shown.append(told))
+    assert estimate.calls == [0, 0, 0]
+    assert estimate(x_T, [18] * 3)[:, 0, 0, 0].tolist() == [100, 110, 120] and estimate.calls == [1, 1, 1]
+    assert estimate(x_T[1:], [36, 54], [2, 0])[:, 0, 0, 0].tolist() == [110, 120]
+    assert estimate.calls == [2, 1, 2] and seen == [([0, 1, 2], [0, 10, 20]), ([2, 0], [10, 20])]
+    assert estimate(x_T[:1], [72], [1], consistent=False)[0, 0, 0, 0] == 0
+    assert estimate.calls == [2, 2, 2] and len(seen) == 2, "a call counts, consistent or not"
+    assert [(list(slices), n_t) for slices, n_t, _ in shown] == [([0, 1, 2], [18] * 3), ([2, 0], [36, 54]), ([1], [72])]
+    assert shown[1][2][:, 0, 0, 0].tolist() == [110, 120], "the callback sees what the sampler gets"
+
+
+def test_an_anchored_estimate_sees_the_residual_of_the_networks_own_last_estimate(slices):
+    """Of the same slice, before data consistency; nothing in the first call, and another residual where one is given.
+    """
+    inputs, degrade, x_T = [], Degradation(), slices[:3]
+
+    def denoise(x, n_t):
+        inputs.append(x)
+        return 0.9 * x[:, :1]
+
+    estimate = Estimate(denoise, degrade, x_T, 18, lambda x0_hat, slices: 0 * x0_hat, anchored=True)
+    estimate(x_T, [18] * 3)
+    assert inputs[0].shape[1] == 1
+    estimate(x_T[:2], [36, 36], [2, 0])
+    expected = anchored_residual(degrade, 0.9 * x_T[[2, 0]], x_T[[2, 0]], [18, 18])
+    torch.testing.assert_close(inputs[1], torch.cat([x_T[:2], expected], dim=1))
+    estimate(x_T[:1], [54], [2])  # its last estimate is that of the call before
+    torch.testing.assert_close(inputs[2][:, 1:], anchored_residual(degrade, 0.9 * x_T[:1], x_T[2:3], [18]))
+    estimate(x_T[:1], [54], [2], residual=x_T[1:2])
+    assert torch.equal(inputs[3][:, 1:], x_T[1:2])
+
+
+def test_estimates_are_clipped_to_what_hu_can_be_unless_the_procedure_is_the_published_one():
+    network = Reconstructor.from_checkpoint("tiny", device="cpu").network
+    x = torch.linspace(-3, 3, 2 * 32 * 32).view(2, 1, 32, 32)
+    clipped, free = (denoiser(network, clip)(x, [18, 36]) for clip in (True, False))
+    lowest, highest = (hu_to_mu(hu) for hu in HU_RANGE)
+    assert free.min() < lowest and free.max() > highest
+    assert torch.equal(clipped, free.clamp(lowest, highest))
+
+
+def test_a_denoiser_tells_the_network_its_own_levels():
+    network = Reconstructor.from_checkpoint("tiny", device="cpu").network
+    x = torch.rand(1, 1, 32, 32) * 0.3
+    published, other = (denoiser(network, levels=levels)(x, [60]) for levels in (LEVELS, (360, 120, 40)))
+    assert not torch.equal(published, other)
+    with torch.no_grad():
+        assert torch.equal(denoiser(network, levels=(120, 60))(x, [60]), network(x, torch.tensor([1.0])).clamp(
+            *map(hu_to_mu, HU_RANGE)))
