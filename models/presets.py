@@ -129,6 +129,7 @@ RANGES = (  # fields, what fits, what is expected
 # Fields of older versions: their new names, and those that are gone with the value that meant "off".
 RENAMED = {"between": "any_view_share", "focus": "focus_share", "rollout": "estimates_by"}
 DELETED = {"combined": False, "rotate": 0.0, "zoom": 0.0, "translate": 0.0, "starts": 1}
+DELETED_LOSSES = ("charbonnier", "spectral")
 
 
 def of_this_version(found: dict) -> dict:
@@ -137,7 +138,9 @@ def of_this_version(found: dict) -> dict:
     A field that is younger than the run has the value that it had by default. Raises InputError where the run used a
     field that is gone.
     """
-    if used := {name: found[name] for name, off in DELETED.items() if found.get(name, off) != off}:
+    used = {name: found[name] for name, off in DELETED.items() if found.get(name, off) != off}
+    used |= {"loss": found["loss"]} if found.get("loss") in DELETED_LOSSES else {}
+    if used:
         raise InputError("The run was begun with " + ", ".join(f"{name} {value}" for name, value in used.items())
                          + ", which this version no longer has; go on with the code that began it.")
     known = {RENAMED.get(name, name): value for name, value in found.items() if name not in DELETED}

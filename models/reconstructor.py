@@ -3,6 +3,8 @@
     r = Reconstructor.from_checkpoint("tiny")
     y = r.simulate(hu, views=36)
     x0_hat, calls = r.run("spdps", y)
+
+`simulate` measures the slice itself. test.py measures x0 = R(slice), its full-view FBP, and compares with that.
 """
 
 from dataclasses import dataclass, field
@@ -48,6 +50,8 @@ class Reconstructor:
         for name, choices in CHOICES.items():
             if getattr(self, name) not in choices:
                 raise InputError(f"The {name} is {getattr(self, name)!r}; expected {' or '.join(choices)}.")
+        if self.dc < 0 or self.levels is not None and not self.levels:
+            raise InputError(f"dc is {self.dc} and levels are {self.levels}; expected 0 or more, and some or None.")
 
     @classmethod
     def from_checkpoint(cls, name: str | Path = "tiny", *, device: str | None = None, **given) -> "Reconstructor":
@@ -76,18 +80,21 @@ class Reconstructor:
         return self.network.config.multiple if self.network else 1
 
     def simulate(self, hu: np.ndarray | torch.Tensor, views: int) -> torch.Tensor:
-        """Sinograms y = P_n x of HU slices (H, H) or (B, H, H), without noise: (B, 1, n, bins)."""
+        """Sinograms y = P_n x of HU slices (H, H) or (B, H, H), without noise: (B, 1, n, bins). Raises InputError."""
         mu = hu_to_mu(torch.as_tensor(np.asarray(hu), dtype=torch.float32))
+        if mu.ndim not in (2, 3) or mu.shape[-2] != mu.shape[-1] or views < 1:
+            raise InputError(f"The slices are {tuple(mu.shape)} and the views {views}; expected HU, (H, H) or "
+                             "(B, H, H), and one view or more.")
         return self.degrade.project(mu.reshape(-1, 1, *mu.shape[-2:]).to(self.device), views)
 
-    def sinograms(self, lines: np.ndarray, size: int | None = None) -> torch.Tensor:
+    def sinograms(self, lines: np.ndarray) -> torch.Tensor:
         """Line integrals (views, bins) or (B, views, bins), as the real scanner measured them, for `run`."""
-        y = to_pixels(self.scanner, np.asarray(lines), size or self.scanner.size)
+        y = to_pixels(self.scanner, np.asarray(lines), self.scanner.size)
         return y.reshape(-1, 1, *y.shape[-2:]).to(self.device)
 
     def chain(self, n_views: int) -> tuple[int, ...]:
         """The levels that a chain from n_views visits, densest first."""
-        if self.levels:
+        if self.levels is not None:
             return levels_for(n_views, self.levels)
         kind = self.network.config.conditioning if self.network else "level"
         return chain_levels(n_views, kind, self.dc, self.published_levels)

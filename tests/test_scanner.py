@@ -188,7 +188,8 @@ def test_line_integrals_of_a_real_scanner_become_an_image_by_five_lines():
     x0_hat, calls = r.run("fbp", r.sinograms(np.stack([lines, 0 * lines])))
     assert x0_hat.shape == (2, 1, 128, 128) and calls == [0, 0] and not x0_hat[1].any()
     assert psnr(x0_hat[0, 0], phantom(128)) > 35
-    assert r.run("fbp", r.sinograms(lines, 64), 64)[0].shape == (1, 1, 64, 64)
+    r = Reconstructor(scanner=replace(scanner, size=64))
+    assert r.run("fbp", r.sinograms(lines))[0].shape == (1, 1, 64, 64)
     with pytest.raises(InputError, match="720 views of 499 bins, the geometry 720 of 500"):
         r.sinograms(lines[:, :-1])
 
