@@ -1,10 +1,14 @@
 """From sinograms to images in Python: what a checkpoint says, what a keyword changes, and what is refused."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 from conftest import ROOT, body
 
+import reconstruct
+import test as evaluation
 from models.baselines import BASELINES
 from models.checkpoint import save_checkpoint
 from models.consistency import ITERATIONS, data_consistency
@@ -195,3 +199,30 @@ def test_bf16_is_the_networks_alone(hu):
     (a, _), (b, _) = full.run("one-step", y), half.run("one-step", y)
     assert a.dtype == b.dtype == torch.float32 and 0 < (a - b).norm() < 0.02 * a.norm()
     assert torch.equal(full.run("fbp", y)[0], half.run("fbp", y)[0])
+
+
+def test_a_published_file_gives_one_image_through_every_door(data, tmp_path, call):
+    """test.py, reconstruct.py and Reconstructor: the file's own protocol, with the pass R inside D and unclipped."""
+    torch.manual_seed(0)
+    network = UNet(UNetConfig(width=32))
+    with torch.no_grad():
+        network.conv_out.weight *= 30  # estimates far beyond what HU can be
+    weights = {"denoise_fn." + name: value for name, value in network.state_dict().items()}
+    torch.save({"net_param": weights, "epoch": 1}, tmp_path / "net.pkl")
+    r = Reconstructor.from_checkpoint(tmp_path / "net.pkl", device="cpu")
+    hu = np.load(data / "test_img" / "D_000.npy")
+    x0 = r.degrade.full(hu_to_mu(torch.from_numpy(hu).float())[None, None])
+    expected = mu_to_hu(r.run("sequential", r.degrade.project(x0, 54))[0])[0, 0].numpy()
+    assert expected.min() < -2000 and expected.max() > 4000, "clipped estimates would not do this"
+
+    call(evaluation.main, "--data", data, "--checkpoint", tmp_path / "net.pkl", "--views", 54, "--methods",
+         "sequential", "--save-images", "--device", "cpu", "--out", tmp_path / "out")
+    np.testing.assert_allclose(np.load(tmp_path / "out/images/sequential_54views/D_000.npy"), expected, rtol=1e-4,
+                               atol=0.1)
+    np.save(tmp_path / "slice.npy", hu)
+    call(reconstruct.main, tmp_path / "slice.npy", "--checkpoint", tmp_path / "net.pkl", "--views", 54, "--method",
+         "sequential", "--size", 32, "--format", "npy", "--device", "cpu", "--out", tmp_path / "rec")
+    expected = mu_to_hu(r.run("sequential", r.simulate(hu, 54))[0])[0, 0].clamp(-1024, 3071).round().numpy()
+    np.testing.assert_allclose(np.load(tmp_path / "rec/volume.npy")[0], expected, atol=1)
+    clipped, _ = replace(r, protocol="cvg").run("sequential", r.simulate(hu, 54))
+    assert np.abs(mu_to_hu(clipped)[0, 0].numpy() - expected).max() > 100, "the other protocol gives another image"

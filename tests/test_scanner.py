@@ -2,6 +2,7 @@
 
 import json
 import struct
+from dataclasses import replace
 
 import h5py
 import numpy as np
