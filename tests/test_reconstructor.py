@@ -226,3 +226,11 @@ def test_a_published_file_gives_one_image_through_every_door(data, tmp_path, cal
     np.testing.assert_allclose(np.load(tmp_path / "rec/volume.npy")[0], expected, atol=1)
     clipped, _ = replace(r, protocol="cvg").run("sequential", r.simulate(hu, 54))
     assert np.abs(mu_to_hu(clipped)[0, 0].numpy() - expected).max() > 100, "the other protocol gives another image"
+
+
+@pytest.mark.parametrize(("protocol", "dc", "calls"), [("cvg", 0, 8), ("cvg-official", 0, 16), ("cvg-official", 2, 8)])
+def test_only_the_published_protocol_goes_on_below_level_0(protocol, dc, calls):
+    """With data consistency there is nothing published to repeat."""
+    r = Reconstructor(Watched(), protocol=protocol, dc=dc)
+    y = r.simulate(body(SIZE, 0), 18)
+    assert r.run("spdps", y, similarity=lambda a, b: torch.zeros(len(a)))[1] == [calls]

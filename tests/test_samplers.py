@@ -62,6 +62,26 @@ def test_spdps_that_never_settles_ends_at_the_densest_level():
     assert recorder.levels == [7, 6, 5, 4, 3, 2, 1, 0] and nfe == [8]
 
 
+@pytest.mark.parametrize(("views", "calls"), [(18, 16), (72, 13)])
+def test_as_published_a_chain_that_never_settles_goes_on_below_level_0(views, calls):
+    """By Python's negative index: 18 views after 288, then 36, ..., and no further than the list goes."""
+    recorder = Recorder()
+    _, nfe = sample("spdps", recorder.denoise, recorder, torch.zeros(1, 1, 8, 8), levels_for(views), below=LEVELS,
+                    similarity=lambda a, b: torch.zeros(1))
+    visited = [*range(LEVELS.index(views), -1, -1), *range(7, -1, -1)]
+    assert recorder.levels == visited and nfe == [calls]
+    steps = [[i + 1, LEVELS[t]] for i in range(calls - 1) for t in visited[i:i + 2]]
+    assert recorder.degradations == steps
+
+
+def test_as_published_a_chain_that_settles_below_level_0_refines_from_there():
+    """Settled at the second visit of 18 views (level -1): one budget, so it jumps to level 3 and ends at level 0."""
+    recorder, scripted = Recorder(), iter([0.0] * 7 + [1.0])
+    _, nfe = sample("spdps", recorder.denoise, recorder, torch.zeros(1, 1, 8, 8), LEVELS, below=LEVELS,
+                    semantic_budget=1, similarity=lambda a, b: torch.tensor([next(scripted)]))
+    assert recorder.levels == [7, 6, 5, 4, 3, 2, 1, 0, 7, 3, 2, 1, 0] and nfe == [13]
+
+
 def test_spdps_from_the_densest_level_is_one_call():
     recorder = Recorder()
     _, nfe = sample("spdps", recorder.denoise, recorder, torch.zeros(2, 1, 8, 8), levels_for(288))
