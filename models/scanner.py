@@ -1,12 +1,10 @@
 """Scanners: the published one in pixels, and any real one in mm and degrees.
 
-Both say where views lie and make projectors, and nothing else: `theta(n)`, the projector's angles of n views in
-radians; `shares(n)`, the share of the rotation that each stands for, times n, None where all have the same;
-`projector(size, theta)` of torch_radon; `size_of(bins)`, the pixels of a side whose sinogram has so many bins; and
-`from_zero()`, the scanner that ground truths are made with.
+Both have `theta(n)`, the angles of n views, radians; `shares(n)`, the share of the rotation that each view stands for,
+times n, None where all have the same; `projector(size, theta)` of torch_radon; `size_of(bins)`, the pixels of a side
+whose sinogram has so many bins; and `from_zero()`, the scanner that ground truths are made with.
 
-A real scanner's only conversion to pixels, for torch_radon's equations (torch-radon_fix/README.md), with the side of a
-pixel in mm, p = field_of_view_mm / size:
+A real scanner in pixels of p = field_of_view_mm / size, for torch_radon's equations (torch-radon_fix/README.md):
 
     S, D, du, det_offset = (source_distance_mm, detector_distance_mm, detector_pitch_mm, detector_offset_mm) / p
     theta = +-(angle + angle_offset) pi/180     + for ccw, - for cw
@@ -101,14 +99,14 @@ class Scanner:
 
     @property
     def reversed(self) -> bool:
-        """Whether the projector's bins grow the other way."""
+        """Whether bins reach the projector in reversed order."""
         return self.flip_detector != (self.flip_image != "none")
 
     @cached
     def theta(self, n_views: int) -> tuple[float, ...]:
         """The angles of `resampled`."""
-        theta = np.array(self.resampled(n_views).angles) + self.angle_offset
-        theta *= 1 if self.direction == "ccw" else -1
+        sign = 1 if self.direction == "ccw" else -1
+        theta = sign * (np.array(self.resampled(n_views).angles) + self.angle_offset)
         if self.flip_image != "none":
             theta = (0 if self.flip_image == "left-right" else 180) - theta
         return tuple(np.radians(np.mod(theta, 360)).tolist())  # small angles keep their digits in float32
@@ -121,8 +119,7 @@ class Scanner:
     @cached
     def projector(self, size: int, theta: tuple[float, ...], weights: str = "fdk") -> Radon | RadonFanbeam:
         """The scan of a size x size image in pixels. The detector is flat: see `to_pixels`."""
-        count, offset, _ = _flat_bins(self)
-        p = self.field_of_view_mm / size
+        p, (count, offset, _) = self.field_of_view_mm / size, _flat_bins(self)
         du, offset = self.detector_pitch_mm / p, (-offset if self.reversed else offset) / p
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".*corners")  # a scanner sees a circle, an image is a square

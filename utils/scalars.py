@@ -3,7 +3,7 @@
 import json
 import math
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,10 +16,8 @@ def read_lines(path: Path) -> list[dict]:
     """The whole lines of a metrics.jsonl; a killed run may leave half a line at the end."""
     found = []
     for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
-        try:
+        with suppress(ValueError):
             found.append(json.loads(line))
-        except ValueError:
-            continue
     return found
 
 
@@ -62,7 +60,7 @@ class Scalars:
             for hop, n, loss in zip(step.hops, step.levels, step.losses.tolist(), strict=True):
                 for name in ("loss/compose" if hop else "loss/restore", f"loss/{n}_views"):
                     groups.setdefault(name, []).append(loss)
-        finite = {name: [v for v in values if math.isfinite(v)] for name, values in groups.items()}
+        finite = {name: list(filter(math.isfinite, values)) for name, values in groups.items()}
         values = {name: sum(v) / len(v) for name, v in finite.items() if v}
         values |= {"lr": lr, "skipped": skipped,
                    "images_per_second": (seen - self.seen) / (time.perf_counter() - self.since)}
