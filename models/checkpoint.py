@@ -67,8 +67,8 @@ def _read_published(path: Path) -> tuple[dict[str, torch.Tensor], dict]:
                          "again.") from error
     try:
         state = {name.removeprefix("module.").removeprefix("denoise_fn."): value.float()
-                 for name, value in content["net_param"].items()}
-    except (TypeError, LookupError, AttributeError):
+                 for name, value in content.get("net_param").items()}
+    except AttributeError:  # no dictionaries, or no names and tensors in them
         raise InputError(f"{path} has no weights under net_param; expected a checkpoint of the published CvG-Diff "
                          "code.") from None
     # Without a configuration in the file the weights themselves tell the architecture, the published one by default.
