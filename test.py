@@ -174,8 +174,8 @@ def main(argv=None):
         scanner=PublishedScanner(args.start), levels=args.levels)
     for method in args.methods:
         reconstructor.check(method)
-    files = [files[i] for i in evenly_spaced(len(files), args.limit)]
-    files, hu = read_slices(files, reconstructor.multiple, args.strict)
+    chosen = [files[i] for i in evenly_spaced(len(files), args.limit)]
+    files, hu = read_slices(chosen, reconstructor.multiple, args.strict)
     names, patients = [f.name for f in files], patients_of(files)
     run = describe(args, reconstructor, fingerprint(files, hu))
     done = distributed.gather(open_results(args.out, run) if rank == 0 else None)[0]

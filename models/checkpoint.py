@@ -30,16 +30,16 @@ def infer_config(state: dict[str, torch.Tensor]) -> UNetConfig | None:
     """The plain architecture that weights have by their names and shapes, or None. Options without weights are off."""
     try:
         width, channels = state["conv_in.weight"].shape[:2]
-        stages = [max(int(name.split(".")[3]) for name in state if name.startswith(f"down.{i}.block.")) + 1
-                  for i in range(1 + max(int(name.split(".")[1]) for name in state if name.startswith("down.")))]
         stem = math.isqrt(len(state["conv_out.weight"]))
-        multipliers = tuple(len(state[f"down.{i}.block.0.norm2.weight"]) // width for i in range(len(stages)))
+        names = [name.split(".") for name in state if name.startswith("down.")]
+        blocks = 1 + max(int(name[3]) for name in names if name[1:3] == ["0", "block"])
+        stages = range(1 + max(int(name[1]) for name in names))
+        multipliers = tuple(len(state[f"down.{i}.block.0.norm2.weight"]) // width for i in stages)
     except (KeyError, ValueError, IndexError, TypeError):  # TypeError: the length of a number
         return None
     if width % 32 or 0 in (stem, *multipliers):
         return None
-    return UNetConfig(width=width, multipliers=multipliers, blocks=stages[0], stem=stem,
-                      channels=channels // stem**2)
+    return UNetConfig(width=width, multipliers=multipliers, blocks=blocks, stem=stem, channels=channels // stem**2)
 
 
 def _read_safetensors(path: Path) -> tuple[dict[str, torch.Tensor], dict]:

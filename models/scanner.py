@@ -144,9 +144,9 @@ class Scanner:
     def resampled(self, n_views: int) -> "Scanner":
         """The scanner with `n_views` views: its own where they are as many, with even steps between neighbours where
         they are a multiple, else equally spaced from the first angle on."""
-        factor, rest = divmod(n_views, len(self.angles))
         if n_views == len(self.angles):
             return self
+        factor, rest = divmod(n_views, len(self.angles))
         if rest or not factor:
             return replace(self, angles=tuple(self.angles[0] + self.arc * np.arange(n_views) / n_views))
         own = np.sort(np.mod(self.angles, self.arc))

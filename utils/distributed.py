@@ -12,10 +12,8 @@ import torch.distributed as dist
 
 
 def start(device: str) -> tuple[int, int, str]:
-    """(rank, processes, device) of this process; joins the others where torchrun started it.
-
-    Each process of a CUDA run takes the GPU of its local rank. Only rank 0 prints to standard output.
-    """
+    """(rank, processes, device): joins the others where torchrun started this process. On CUDA it takes the GPU of its
+    local rank. Only rank 0 prints to standard output."""
     if "WORLD_SIZE" not in os.environ:
         return 0, 1, device
     cuda = device.startswith("cuda")

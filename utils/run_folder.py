@@ -8,15 +8,15 @@ from utils.files import atomic, full_disk
 
 
 def described(out: Path) -> dict | None:
-    """What OUT/run.json says, or None where there is none. Raises RunFolderError where it is damaged."""
+    """What OUT/run.json says, or None where it says nothing. Raises RunFolderError where it is damaged."""
     path = out / "run.json"
     try:
-        found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+        found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     except (OSError, ValueError) as error:
         raise RunFolderError(f"{path} cannot be read ({error}); restore it, or give --out a new folder.") from None
-    if path.is_file() and not isinstance(found, dict):
+    if not isinstance(found, dict):
         raise RunFolderError(f"{path} holds no description of a run; restore it, or give --out a new folder.")
-    return found
+    return found or None
 
 
 def claim(out: Path, description: dict, what: str, *, before: dict | None = None, accept: tuple[str, ...] = (),
@@ -27,8 +27,8 @@ def claim(out: Path, description: dict, what: str, *, before: dict | None = None
     differ. hints: what to do where only that key differs. once: values that only the first run decides. Raises
     RunFolderError where OUT holds something else.
     """
-    before = described(out) if before is None else before
-    if before is None and out.exists() and (not out.is_dir() or any(out.iterdir())):
+    before = before or described(out)
+    if not before and out.exists() and (not out.is_dir() or any(out.iterdir())):
         state = "is not empty and holds" if out.is_dir() else "is a file,"
         raise RunFolderError(f"{out} {state} no {what}; give --out a new or empty folder.")
     now, once = json.loads(json.dumps(description)), once or {}
