@@ -15,7 +15,8 @@ from models.levels import FULL_VIEWS
 from models.methods import LABELS, METHODS
 from models.weights import find_checkpoint
 from utils.cli import Parser, script
-from utils.units import WINDOWS, number
+from utils.files import atomic, hash16
+from utils.units import WINDOWS, hu_to_mu, number
 
 
 def window(text: str) -> tuple[float, float]:
@@ -29,22 +30,21 @@ def window(text: str) -> tuple[float, float]:
     return width, centre
 
 
-def arguments() -> Parser:
-    """The flags of test.py."""
+def parse(argv=None):
+    """The arguments of a command line, checked as far as it goes without data; options: {method: its own}."""
     parser = Parser("test.py", __doc__)
     parser.add_argument("--data", required=True, help="folder with test_img/, or of HU .npy slices")
     parser.add_argument("--out", required=True, type=Path, help="folder for tables and figures")
     parser.add_argument("--checkpoint", default="tiny", help="a .safetensors file, a published CvG-Diff .pkl, "
                         "hf://owner/repository/file, or a known name: tiny (shipped), cvg-diff (published)")
-    parser.add_argument("--views", type=int, nargs="+", default=[18, 36, 72],
-                        help="sparsity levels, 1 to 720")
+    parser.add_argument("--views", type=int, nargs="+", default=[18, 36, 72], help="sparsity levels, 1 to 720")
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=["fbp", "one-step", "sequential", "spdps"],
                         help="what to compare")
     parser.add_argument("--windows", type=window, nargs="+", default=WINDOWS, metavar="WIDTH,CENTRE",
                         help="HU windows of the metrics, the headline first (default 3000,500 500,50 2000,0)")
-    parser.add_argument("--levels", type=int, nargs="+",
-                        help="view counts that chains pass through, where denser than the measurement (default: the "
-                        "published ones, or with data consistency multiples of the measured)")
+    parser.add_argument("--levels", type=int, nargs="+", help="view counts that chains pass through, where denser than "
+                        "the measurement (default: the published ones, or with data consistency multiples of the "
+                        "measured)")
     parser.add_argument("--start", type=float, default=0.0, help="angle of the first view, radians")
     parser.add_argument("--dc", type=int, help="iterations of data consistency after every network call; 0 gives the "
                         "published samplers (default: 16, and 0 for weights that were trained without)")
@@ -58,21 +58,15 @@ def arguments() -> Parser:
     parser.add_argument("--electronic", type=float, default=0.0, help="standard deviation of electronic noise, counts")
     parser.add_argument("--seed", type=int, default=0, help="of the noise and of the bootstrap")
     parser.add_argument("--batch", type=int, default=4, help="slices at once; results do not depend on it")
-    parser.add_argument("--limit", type=int, help="evaluate this many slices, evenly spread over the "
-                        "folder (default: all)")
+    parser.add_argument("--limit", type=int, help="evaluate this many slices, evenly spread over the folder (default: "
+                        "all)")
     parser.add_device()
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="of the network alone")
-    parser.add_argument("--protocol", choices=("cvg", "cvg-official"),
-                        help="cvg-official: the published code's extra full-view pass in D, estimates not clipped "
-                             "(default: the checkpoint's: cvg-official for a published file)")
+    parser.add_argument("--protocol", choices=("cvg", "cvg-official"), help="cvg-official: the published code's extra "
+                        "full-view pass in D, estimates not clipped (default: the checkpoint's: cvg-official for a "
+                        "published file)")
     parser.add_argument("--save-images", action="store_true", help="write reconstructions as HU .npy to OUT/images")
     parser.add_argument("--strict", action="store_true", help="stop at the first bad slice instead of skipping it")
-    return parser
-
-
-def parse(argv=None):
-    """The arguments of a command line, checked as far as it goes without data."""
-    parser = arguments()
     args = parser.parse_args(argv)
     for name in ("views", "methods", "windows"):
         setattr(args, name, list(dict.fromkeys(getattr(args, name))))
@@ -86,58 +80,23 @@ def parse(argv=None):
         parser.error("--electronic is about noise of photon counts; give --photons too")
     if not math.isfinite(args.start):
         parser.error(f"--start {args.start}: expected an angle in radians")
+    args.options = {"spdps": {k: getattr(args, k) for k in ("semantic_budget", "refine_steps", "tau")},
+                    "tv": {"weight": args.tv_weight}}
     return args
 
 
-def save_image(path: Path, x0_hat) -> None:
-    """Write one image (1, H, H), mu, as HU."""
-    import numpy as np
-
-    from utils.files import atomic
-    from utils.units import mu_to_hu
-
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with atomic(path) as partial, open(partial, "wb") as file:
-        np.save(file, mu_to_hu(x0_hat[0]).cpu().numpy())
-
-
-def draw(out: Path, name: str, x0, measure, reconstruct, args, summary) -> None:
-    """A comparison and the error along the chain at each level for one slice; curves of the means over all slices.
-
-    measure(x0, views, names) -> y; reconstruct(method, y, callback) -> x0_hat.
-    """
-    from utils import figures
-    from utils.metrics import score
-
-    for n in args.views:
-        if (out / f"comparison_{n}views.png").is_file():
-            continue
-        y, images, chains = measure(x0, n, [name]), {}, {}
-        for method in args.methods:
-            errors = []
-
-            def watch(slices, n_t, x0_hat, errors=errors):
-                errors.append(score(x0_hat, x0, *args.windows[0])["psnr"].item())
-
-            images[LABELS[method]] = reconstruct(method, y, callback=watch)
-            if len(errors) > 1:
-                chains[LABELS[method]] = list(zip(range(1, len(errors) + 1), errors, strict=True))
-        if chains:
-            figures.curves(out / f"chain_{n}views.png", chains, "network call", f"{name}, {n} views")
-        figures.comparison(out / f"comparison_{n}views.png", x0, images, f"{name}, {n} views")
-    headline = [row for row in summary if row["window"] == list(args.windows[0])]
-    if len(args.views) > 1:
-        by_method = {LABELS[m]: sorted((r["views"], r["psnr"]) for r in headline if r["method"] == m)
-                     for m in args.methods}
-        figures.curves(out / "psnr_views.png", by_method, "views", "mean over slices", log=True)
-    by_calls = {f"{n} views": sorted((r["nfe"], r["psnr"]) for r in headline if r["views"] == n) for n in args.views}
-    figures.curves(out / "psnr_calls.png", by_calls, "network calls a slice",
-                   ", ".join(LABELS[m] for m in args.methods), joined=False)
+def describe(args, reconstructor, data: str) -> dict:
+    """What run.json says: everything that results depend on. data: fingerprint of the slices."""
+    return {"checkpoint": hash16(reconstructor.path), "data": data, "protocol": reconstructor.protocol,
+            "dc": reconstructor.dc,
+            **{k: getattr(args, k) for k in ("methods", "views", "windows", "start", "photons", "electronic", "seed",
+                                             "batch", "precision", "device")},
+            "levels": {n: reconstructor.chain(n) for n in args.views},
+            **{method: options for method, options in args.options.items() if method in args.methods}}
 
 
 def write_tables(done, patients, run, args) -> list[dict]:
     """results.csv, summary.json, comparisons.csv and table.md, which is printed too; the summary."""
-    from utils.files import atomic
     from utils.results import table, write_rows
     from utils.statistics import compare, summarize
 
@@ -162,55 +121,38 @@ def write_tables(done, patients, run, args) -> list[dict]:
     return summary
 
 
-def describe(args, reconstructor, data: str) -> dict:
-    """What run.json says: everything that results depend on. data: fingerprint of the slices."""
-    from utils.files import hash16
+def draw(args, reconstructor, noise, x0, name: str, summary) -> None:
+    """A comparison and the error along the chain at each level for one slice; curves of the means over all slices."""
+    from models.evaluation import simulate_measurement
+    from utils import figures
+    from utils.metrics import score
 
-    return {"checkpoint": hash16(reconstructor.path), "data": data, "protocol": reconstructor.protocol,
-            "dc": reconstructor.dc,
-            **{k: getattr(args, k) for k in ("methods", "views", "windows", "start", "photons", "electronic", "seed",
-                                             "batch", "precision", "device")},
-            "levels": {n: reconstructor.chain(n) for n in args.views},
-            **{k: v for k, v in options_of(args).items() if k in args.methods}}
-
-
-def options_of(args) -> dict[str, dict]:
-    """{method: its own options}."""
-    return {"spdps": {k: getattr(args, k) for k in ("semantic_budget", "refine_steps", "tau")},
-            "tv": {"weight": args.tv_weight}}
-
-
-def evaluate(args, reconstructor, noise, mu, names: list[str], patients: list[str], done, rank: int,
-             processes: int) -> None:
-    """Add the rows of this process's batches that are not `done` to its part file. mu: slices (N, 1, H, H), CPU."""
-    from tqdm import tqdm
-
-    from models.evaluation import score_rows, simulate_measurement, timed, warm_up
-    from utils.results import append
-
-    size, truths, warm = mu.shape[-1], {}, set()
-    starts = range(rank * args.batch, len(names), processes * args.batch)
-    todo = [(n, method, i) for n in args.views for method in args.methods for i in starts]
-    for n, method, i in tqdm(todo, unit="batch", disable=rank > 0 or None):
-        batch = names[i:i + args.batch]
-        images = [args.out / "images" / f"{method}_{n}views" / name for name in batch]
-        if all((name, method, n) in done and (not args.save_images or image.is_file())
-               for name, image in zip(batch, images, strict=True)):
+    for n in args.views:
+        if (args.out / f"comparison_{n}views.png").is_file():
             continue
-        if i not in truths:
-            truths[i] = reconstructor.degrade.full(mu[i:i + args.batch].to(args.device)).cpu()
-        x0 = truths[i].to(args.device)
-        y = simulate_measurement(x0, n, batch, reconstructor.degrade, noise)
-        if (n, len(batch)) not in warm:
-            warm.add((n, len(batch)))
-            warm_up(reconstructor, y, size)
-        x0_hat, calls, seconds, gib = timed(reconstructor, method, y, size, photons=noise.photons,
-                                            electronic=noise.electronic, **options_of(args).get(method, {}))
-        for image, x in zip(images if args.save_images else (), x0_hat, strict=False):
-            save_image(image, x)
-        append(args.out, rank, score_rows(x0_hat, x0, args.windows, [
-            {"file": name, "patient": patients[i + j], "method": method, "views": n, "nfe": calls[j],
-             "seconds_per_slice": f"{seconds:.5f}", "peak_gib": f"{gib:.3f}"} for j, name in enumerate(batch)]))
+        y, images, chains = simulate_measurement(x0, n, [name], reconstructor.degrade, noise), {}, {}
+        for method in args.methods:
+            errors = []
+
+            def watch(slices, n_t, x0_hat, errors=errors):
+                errors.append((len(errors) + 1, score(x0_hat, x0, *args.windows[0])["psnr"].item()))
+
+            images[LABELS[method]], _ = reconstructor.run(
+                method, y, x0.shape[-1], photons=noise.photons, electronic=noise.electronic, callback=watch,
+                **args.options.get(method, {}))
+            if len(errors) > 1:
+                chains[LABELS[method]] = errors
+        if chains:
+            figures.curves(args.out / f"chain_{n}views.png", chains, "network call", f"{name}, {n} views")
+        figures.comparison(args.out / f"comparison_{n}views.png", x0, images, f"{name}, {n} views")
+    headline = [row for row in summary if row["window"] == list(args.windows[0])]
+    if len(args.views) > 1:
+        by_method = {LABELS[m]: sorted((r["views"], r["psnr"]) for r in headline if r["method"] == m)
+                     for m in args.methods}
+        figures.curves(args.out / "psnr_views.png", by_method, "views", "mean over slices", log=True)
+    by_calls = {f"{n} views": sorted((r["nfe"], r["psnr"]) for r in headline if r["views"] == n) for n in args.views}
+    figures.curves(args.out / "psnr_calls.png", by_calls, "network calls a slice",
+                   ", ".join(LABELS[m] for m in args.methods), joined=False)
 
 
 @script
@@ -219,13 +161,12 @@ def main(argv=None):
     files, checkpoint = find_slices(args.data, "test"), find_checkpoint(args.checkpoint)
     import torch  # takes two seconds, as what needs it
 
-    from models.evaluation import Noise, simulate_measurement
+    from models.evaluation import Noise, evaluate
     from models.reconstructor import Reconstructor
     from models.scanner import PublishedScanner
     from utils import distributed
     from utils.device import chosen_device
     from utils.results import open_results
-    from utils.units import hu_to_mu
 
     rank, processes, args.device = distributed.start(chosen_device(args.device))
     reconstructor = Reconstructor.from_checkpoint(
@@ -233,8 +174,8 @@ def main(argv=None):
         scanner=PublishedScanner(args.start), levels=args.levels)
     for method in args.methods:
         reconstructor.check(method)
-    files = [files[i] for i in evenly_spaced(len(files), args.limit)]
-    files, hu = read_slices(files, reconstructor.multiple, args.strict)
+    chosen = [files[i] for i in evenly_spaced(len(files), args.limit)]
+    files, hu = read_slices(chosen, reconstructor.multiple, args.strict)
     names, patients = [f.name for f in files], patients_of(files)
     run = describe(args, reconstructor, fingerprint(files, hu))
     done = distributed.gather(open_results(args.out, run) if rank == 0 else None)[0]
@@ -250,17 +191,8 @@ def main(argv=None):
                 for name in names}
         summary = write_tables(done, patients, run, args)
         middle = len(names) // 2
-        degrade = reconstructor.degrade
-
-        def measure(x0, n, names):
-            return simulate_measurement(x0, n, names, degrade, noise)
-
-        def reconstruct(method, y, callback):
-            return reconstructor.run(method, y, hu.shape[-1], photons=noise.photons, electronic=noise.electronic,
-                                     callback=callback, **options_of(args).get(method, {}))[0]
-
-        draw(args.out, names[middle], degrade.full(mu[middle:middle + 1].to(args.device)), measure, reconstruct, args,
-             summary)
+        x0 = reconstructor.degrade.full(mu[middle:middle + 1].to(args.device))
+        draw(args, reconstructor, noise, x0, names[middle], summary)
         print(f"Written: tables and figures in {args.out}.")
     distributed.gather(rank)
     distributed.finish()

@@ -3,7 +3,6 @@
 import json
 import math
 import pickle
-import struct
 from dataclasses import asdict
 from pathlib import Path
 
@@ -18,40 +17,37 @@ from utils.errors import InputError
 from utils.files import atomic
 
 
-def _header(network: UNetConfig, about: dict) -> dict:
-    return {"network": asdict(network), "levels": LEVELS, "full_views": FULL_VIEWS, "protocol": "cvg",
-            "geometry": PUBLISHED, **about}
-
-
 def save_checkpoint(path: Path, state: dict[str, torch.Tensor], network: UNetConfig, about: dict) -> None:
     """Write weights with their architecture, levels and geometry; `about`: how they were made, JSON values."""
+    header = {"network": asdict(network), "levels": LEVELS, "full_views": FULL_VIEWS, "protocol": "cvg",
+              "geometry": PUBLISHED, **about}
     weights = {name: value.detach().cpu().contiguous() for name, value in state.items()}
     with atomic(path) as partial:
-        save_file(weights, partial, metadata={"cvg_diff": json.dumps(_header(network, about))})
+        save_file(weights, partial, metadata={"cvg_diff": json.dumps(header)})
 
 
 def infer_config(state: dict[str, torch.Tensor]) -> UNetConfig | None:
     """The plain architecture that weights have by their names and shapes, or None. Options without weights are off."""
     try:
         width, channels = state["conv_in.weight"].shape[:2]
-        stages = [max(int(name.split(".")[3]) for name in state if name.startswith(f"down.{i}.block.")) + 1
-                  for i in range(1 + max(int(name.split(".")[1]) for name in state if name.startswith("down.")))]
         stem = math.isqrt(len(state["conv_out.weight"]))
-        multipliers = tuple(len(state[f"down.{i}.block.0.norm2.weight"]) // width for i in range(len(stages)))
+        names = [name.split(".") for name in state if name.startswith("down.")]
+        blocks = 1 + max(int(name[3]) for name in names if name[1:3] == ["0", "block"])
+        stages = range(1 + max(int(name[1]) for name in names))
+        multipliers = tuple(len(state[f"down.{i}.block.0.norm2.weight"]) // width for i in stages)
     except (KeyError, ValueError, IndexError, TypeError):  # TypeError: the length of a number
         return None
     if width % 32 or 0 in (stem, *multipliers):
         return None
-    return UNetConfig(width=width, multipliers=multipliers, blocks=stages[0], stem=stem,
-                      channels=channels // stem**2)
+    return UNetConfig(width=width, multipliers=multipliers, blocks=blocks, stem=stem, channels=channels // stem**2)
 
 
 def _read_safetensors(path: Path) -> tuple[dict[str, torch.Tensor], dict]:
     try:
         with safe_open(path, "pt") as file:
             header = json.loads((file.metadata() or {}).get("cvg_diff", "null"))
-            state = {name: file.get_tensor(name).float() for name in file.keys()}  # noqa: SIM118 (not a dict)
-    except (SafetensorError, struct.error, ValueError, OSError) as error:
+            state = {name: file.get_tensor(name).float() for name in file.keys()}
+    except (SafetensorError, ValueError, OSError) as error:
         raise InputError(f"{path} is not a whole safetensors file ({error}); copy or download it again.") from error
     if header is None:
         raise InputError(f"{path} carries no CvG-Diff configuration; expected a file that train.py wrote.")
@@ -63,34 +59,31 @@ def _read_published(path: Path) -> tuple[dict[str, torch.Tensor], dict]:
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:
-        raise InputError(
-            f"{path} holds more than weights, or is no PyTorch file. Unpickling it could run code, so nothing in it "
-            "was run. Expected a .safetensors file or a checkpoint of the published CvG-Diff code.") from None
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError, IndexError, AttributeError, TypeError) as error:
+        raise InputError(f"{path} holds more than weights, or is no PyTorch file. Unpickling it could run code, so "
+                         "nothing in it was run. Expected a .safetensors file or a checkpoint of the published "
+                         "CvG-Diff code.") from None
+    except Exception as error:  # a damaged file fails in many ways
         raise InputError(f"{path} is not a whole PyTorch file ({type(error).__name__}); copy or download it "
                          "again.") from error
-    weights = content.get("net_param") if isinstance(content, dict) else None
-    if not isinstance(weights, dict) or not all(isinstance(name, str) and isinstance(value, torch.Tensor)
-                                                for name, value in weights.items()):
+    try:
+        state = {name.removeprefix("module.").removeprefix("denoise_fn."): value.float()
+                 for name, value in content.get("net_param").items()}
+    except AttributeError:  # no dictionaries, or no names and tensors in them
         raise InputError(f"{path} has no weights under net_param; expected a checkpoint of the published CvG-Diff "
-                         "code.")
-    state = {name.removeprefix("module.").removeprefix("denoise_fn."): value.float() for name, value in weights.items()}
+                         "code.") from None
     # Without a configuration in the file the weights themselves tell the architecture, the published one by default.
-    header = _header(infer_config(state) or UNetConfig(), {"preset": "published", "protocol": "cvg-official"})
-    epoch = content.get("epoch")
-    return state, {**header, "epoch": epoch} if isinstance(epoch, int) else header
+    header = {"network": asdict(infer_config(state) or UNetConfig()), "preset": "published", "protocol": "cvg-official"}
+    return state, header | {"epoch": content["epoch"]} if isinstance(content.get("epoch"), int) else header
 
 
 def describe_mismatch(expected: dict[str, torch.Tensor], found: dict[str, torch.Tensor]) -> str:
     """What distinguishes the weights found from those expected, or ""."""
-    def named(kind, names):
-        return f"{len(names)} {kind} ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"
-
-    missing, extra = sorted(expected.keys() - found.keys()), sorted(found.keys() - expected.keys())
-    shapes = [f"{name} is {list(found[name].shape)}, expected {list(expected[name].shape)}"
-              for name in expected if name in found and found[name].shape != expected[name].shape]
-    return "; ".join(named(kind, names) for kind, names in
-                     (("missing", missing), ("not known", extra), ("of another shape", shapes)) if names)
+    differences = {
+        "missing": sorted(expected.keys() - found.keys()), "not known": sorted(found.keys() - expected.keys()),
+        "of another shape": [f"{name} is {list(found[name].shape)}, expected {list(expected[name].shape)}"
+                             for name in expected if name in found and found[name].shape != expected[name].shape]}
+    return "; ".join(f"{len(names)} {kind} ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"
+                     for kind, names in differences.items() if names)
 
 
 def load_checkpoint(path: str | Path, device: str = "cpu") -> tuple[UNet, dict]:
@@ -109,10 +102,8 @@ def load_checkpoint(path: str | Path, device: str = "cpu") -> tuple[UNet, dict]:
         raise InputError(f"{path} describes another architecture than this version knows ({error}).") from None
     _check_header(path, header)
     if misfit := describe_mismatch(network.state_dict(), state):
-        like = infer_config(state)
         raise InputError(f"{path} holds weights of another architecture than the {config.width}-channel U-Net "
-                         f"expected. Tensors: {misfit}. "
-                         + (f"They look like {like}." if like else "They look like no U-Net of ours."))
+                         f"expected. Tensors: {misfit}. They look like {infer_config(state) or 'no U-Net of ours'}.")
     network.load_state_dict(state)
     return network.eval().to(device), header
 

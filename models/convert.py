@@ -26,10 +26,10 @@ def main(argv=None):
 
     network, header = load_checkpoint(source)
     args.target.parent.mkdir(parents=True, exist_ok=True)
-    state = {name: value.half() if args.half else value for name, value in network.state_dict().items()}
-    save_checkpoint(args.target, state, network.config, {**header, "converted_from": source.name})
-    print(f"Written: {args.target}, {sum(p.numel() for p in network.parameters()):,} parameters, to be run under "
-          f"protocol {header['protocol']}.")
+    parameters = sum(p.numel() for p in network.parameters())
+    save_checkpoint(args.target, (network.half() if args.half else network).state_dict(), network.config,
+                    {**header, "converted_from": source.name})
+    print(f"Written: {args.target}, {parameters:,} parameters, to be run under protocol {header['protocol']}.")
 
 
 if __name__ == "__main__":

@@ -4,17 +4,21 @@ import hashlib
 import time
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch_radon import transmission_noise
+from tqdm import tqdm
 
 from models.baselines import sirt
 from models.degradation import Degradation
 from models.estimate import Estimate
 from models.reconstructor import Reconstructor
 from models.samplers import redegrade, sequential
-from utils.device import peak_memory, reset_peak_memory, synchronize
+from utils.device import memory, synchronize
+from utils.files import atomic
 from utils.metrics import score
-from utils.units import pixel_cm
+from utils.results import append
+from utils.units import mu_to_hu, pixel_cm
 
 
 @dataclass(frozen=True)
@@ -36,11 +40,10 @@ def simulate_measurement(x0: torch.Tensor, n_views: int, names: list[str], degra
     if noise.photons is None:
         return y
     noisy = []
-    for sinogram, name in zip(y, names, strict=True):
+    for sinogram, name in zip(y.cpu(), names, strict=True):
         digest = hashlib.sha256(f"{noise.seed}/{name}/{n_views}".encode()).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
-        noisy.append(transmission_noise(sinogram.cpu(), noise.photons, pixel_cm(x0.shape[-1]), noise.electronic,
-                                        generator))
+        noisy.append(transmission_noise(sinogram, noise.photons, pixel_cm(x0.shape[-1]), noise.electronic, generator))
     return torch.stack(noisy).to(y.device)
 
 
@@ -55,14 +58,16 @@ def warm_up(reconstructor: Reconstructor, y: torch.Tensor, size: int) -> None:
 
 
 def timed(reconstructor: Reconstructor, method: str, y: torch.Tensor, size: int, **options):
-    """(x0_hat, calls, seconds a slice, GiB at most) of `Reconstructor.run`."""
-    device = str(y.device)
-    reset_peak_memory(device)
+    """(x0_hat, calls, seconds a slice, GiB at most) of `Reconstructor.run`: on a GPU those that tensors took in it."""
+    device, gpu = str(y.device), y.device.type == "cuda"
+    if gpu:
+        torch.cuda.reset_peak_memory_stats(device)
     synchronize(device)
     start = time.perf_counter()
     x0_hat, calls = reconstructor.run(method, y, size, **options)
     synchronize(device)
-    return x0_hat, calls, (time.perf_counter() - start) / len(y), peak_memory(device)
+    gib = torch.cuda.max_memory_allocated(device) / 2**30 if gpu else memory(device)
+    return x0_hat, calls, (time.perf_counter() - start) / len(y), gib
 
 
 def score_rows(x0_hat: torch.Tensor, x0: torch.Tensor, windows, common: list[dict]) -> list[dict]:
@@ -70,3 +75,35 @@ def score_rows(x0_hat: torch.Tensor, x0: torch.Tensor, windows, common: list[dic
     scores = [score(x0_hat, x0, *window, slow=window == windows[0]) for window in windows]
     return [{**about, "width": w[0], "centre": w[1], **{k: repr(v[i].item()) for k, v in values.items()}}
             for i, about in enumerate(common) for w, values in zip(windows, scores, strict=True)]
+
+
+def evaluate(args, reconstructor: Reconstructor, noise: Noise, mu: torch.Tensor, names: list[str], patients: list[str],
+             done: dict, rank: int, processes: int) -> None:
+    """Add the rows of this process's batches that are not `done` to its part file, and save images if args say so.
+
+    args: of test.py. mu: slices (N, 1, H, H), CPU.
+    """
+    size, truths, warm = mu.shape[-1], {}, set()
+    starts = range(rank * args.batch, len(names), processes * args.batch)
+    todo = [(n, method, i) for n in args.views for method in args.methods for i in starts]
+    for n, method, i in tqdm(todo, unit="batch", disable=rank > 0 or None):
+        batch = names[i:i + args.batch]
+        images = [args.out / "images" / f"{method}_{n}views" / name for name in batch] if args.save_images else []
+        if all((name, method, n) in done for name in batch) and all(image.is_file() for image in images):
+            continue
+        if i not in truths:
+            truths[i] = reconstructor.degrade.full(mu[i:i + args.batch].to(args.device)).cpu()
+        x0 = truths[i].to(args.device)
+        y = simulate_measurement(x0, n, batch, reconstructor.degrade, noise)
+        if (n, len(batch)) not in warm:
+            warm.add((n, len(batch)))
+            warm_up(reconstructor, y, size)
+        x0_hat, calls, seconds, gib = timed(reconstructor, method, y, size, photons=noise.photons,
+                                            electronic=noise.electronic, **args.options.get(method, {}))
+        for path, image in zip(images, mu_to_hu(x0_hat).cpu().numpy(), strict=False):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with atomic(path) as partial, open(partial, "wb") as file:
+                np.save(file, image[0])
+        append(args.out, rank, score_rows(x0_hat, x0, args.windows, [
+            {"file": name, "patient": patients[i + j], "method": method, "views": n, "nfe": calls[j],
+             "seconds_per_slice": f"{seconds:.5f}", "peak_gib": f"{gib:.3f}"} for j, name in enumerate(batch)]))

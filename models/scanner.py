@@ -1,15 +1,12 @@
 """Scanners: the published one in pixels, and any real one in mm and degrees.
 
-Both say where views lie and make projectors, and nothing else: `theta(n)`, the projector's angles of n views in
-radians; `shares(n)`, the share of the rotation that each stands for, times n, None where all have the same;
-`projector(size, theta)` of torch_radon; `size_of(bins)`, the pixels of a side whose sinogram has so many bins; and
-`from_zero()`, the scanner that ground truths are made with.
+Both have `theta(n)`, the angles of n views, radians; `shares(n)`, the share of the rotation that each view stands for,
+times n, None where all have the same; `projector(size, theta)` of torch_radon; `size_of(bins)`, the pixels of a side
+whose sinogram has so many bins; and `from_zero()`, the scanner that ground truths are made with.
 
-A real scanner's only conversion to pixels: with p = field_of_view_mm / size, the side of a pixel in mm, the projector
-(torch-radon_fix/README.md, "Equations") gets
+A real scanner in pixels of p = field_of_view_mm / size, for torch_radon's equations (torch-radon_fix/README.md):
 
-    S = source_distance_mm / p          D = detector_distance_mm / p
-    du = detector_pitch_mm / p          det_offset = detector_offset_mm / p
+    S, D, du, det_offset = (source_distance_mm, detector_distance_mm, detector_pitch_mm, detector_offset_mm) / p
     theta = +-(angle + angle_offset) pi/180     + for ccw, - for cw
     sinogram = line integral / (p / 10) * 0.192 / water_per_cm
 
@@ -26,9 +23,11 @@ import warnings
 from dataclasses import MISSING, dataclass, fields, replace
 from functools import lru_cache
 from pathlib import Path
+from typing import Literal, get_args
 
 import numpy as np
 import torch
+import yaml
 from torch_radon import Radon, RadonFanbeam
 
 from utils.errors import InputError
@@ -36,8 +35,7 @@ from utils.units import MU_WATER
 
 PUBLISHED = {"size": 256, "source_distance": 1075, "det_distance": 1075, "det_count": 672, "det_spacing": 2}  # pixels
 
-CHOICES = {"beam": ("fan", "parallel"), "detector_shape": ("flat", "curved"), "direction": ("ccw", "cw"),
-           "flip_image": ("none", "left-right", "up-down")}
+cached = lru_cache(maxsize=512)  # by value, as scanners are frozen; more than any view count makes of levels
 
 
 @dataclass(frozen=True)
@@ -46,37 +44,27 @@ class PublishedScanner:
 
     start: float = 0.0  # angle of the first view, radians
 
+    @cached
     def theta(self, n_views: int) -> tuple[float, ...]:
         """start + 2 pi a/n, a = 0..n-1."""
-        return _equal_angles(n_views, self.start)
+        return tuple((self.start + 2 * np.pi * np.arange(n_views) / n_views).tolist())
 
     def shares(self, n_views: int) -> None:
         """None: every view counts the same."""
 
+    @cached
     def projector(self, size: int, theta: tuple[float, ...], weights: str = "published") -> RadonFanbeam:
         """S = D = 1075 f, 672 f bins (an even number) 2 pixels apart, f = size/256."""
-        return _published_projector(size, theta, weights)
+        f = size / PUBLISHED["size"]
+        bins = 2 * math.ceil(PUBLISHED["det_count"] * f / 2)
+        return RadonFanbeam(size, theta, PUBLISHED["source_distance"] * f, PUBLISHED["det_distance"] * f, bins,
+                            float(PUBLISHED["det_spacing"]), weights=weights)
 
     def size_of(self, bins: int) -> int:
-        """Pixels of a side whose sinogram has so many bins."""
         return bins * PUBLISHED["size"] // PUBLISHED["det_count"]
 
     def from_zero(self) -> "PublishedScanner":
-        """The scanner with its first view at angle 0."""
         return PublishedScanner()
-
-
-@lru_cache(maxsize=512)
-def _equal_angles(n_views: int, start: float) -> tuple[float, ...]:
-    return tuple((start + 2 * np.pi * np.arange(n_views) / n_views).tolist())
-
-
-@lru_cache(maxsize=512)  # more than any view count makes of levels
-def _published_projector(size: int, theta: tuple[float, ...], weights: str) -> RadonFanbeam:
-    f = size / PUBLISHED["size"]
-    bins = 2 * math.ceil(PUBLISHED["det_count"] * f / 2)
-    return RadonFanbeam(size, theta, PUBLISHED["source_distance"] * f, PUBLISHED["det_distance"] * f, bins,
-                        float(PUBLISHED["det_spacing"]), weights=weights)
 
 
 @dataclass(frozen=True)
@@ -92,41 +80,58 @@ class Scanner:
     detector_pitch_mm: float             # between bins, on the detector (along the arc of a curved one)
     field_of_view_mm: float              # side of the image
     size: int = 256                      # pixels along that side
-    beam: str = "fan"                    # fan or parallel
+    beam: Literal["fan", "parallel"] = "fan"
     source_distance_mm: float = 0.0      # source to axis (fan beam)
     detector_distance_mm: float = 0.0    # axis to detector (fan beam)
-    detector_shape: str = "flat"         # flat or curved
+    detector_shape: Literal["flat", "curved"] = "flat"
     detector_offset_mm: float = 0.0      # shift of the detector's middle towards growing bins, as they are stored
     water_per_cm: float = MU_WATER       # attenuation of water in this beam
     slice_spacing_mm: float = 1.0        # between sinograms of a volume, feet to head
     angle_offset: float = 0.0            # degrees added to every angle
-    direction: str = "ccw"               # in which the source moves as angles grow
+    direction: Literal["ccw", "cw"] = "ccw"  # in which the source moves as angles grow
     flip_detector: bool = False          # bins grow to the left as seen from the source
-    flip_image: str = "none"             # none, left-right or up-down
+    flip_image: Literal["none", "left-right", "up-down"] = "none"
 
     @property
     def arc(self) -> float:
         """Degrees after which the lines repeat: a rotation, or half of one for a parallel beam."""
         return 360.0 if self.beam == "fan" else 180.0
 
-    def theta(self, n_views: int) -> tuple[float, ...]:
-        """Its own angles where n_views are as many, else those of `resampled`."""
-        return _views(self, n_views)[0]
+    @property
+    def reversed(self) -> bool:
+        """Whether bins reach the projector in reversed order."""
+        return self.flip_detector != (self.flip_image != "none")
 
+    @cached
+    def theta(self, n_views: int) -> tuple[float, ...]:
+        """The angles of `resampled`."""
+        sign = 1 if self.direction == "ccw" else -1
+        theta = sign * (np.array(self.resampled(n_views).angles) + self.angle_offset)
+        if self.flip_image != "none":
+            theta = (0 if self.flip_image == "left-right" else 180) - theta
+        return tuple(np.radians(np.mod(theta, 360)).tolist())  # small angles keep their digits in float32
+
+    @cached
     def shares(self, n_views: int) -> tuple[float, ...]:
         """`view_weights` of the same views."""
-        return _views(self, n_views)[1]
+        return tuple(view_weights(self.resampled(n_views)).tolist())
 
+    @cached
     def projector(self, size: int, theta: tuple[float, ...], weights: str = "fdk") -> Radon | RadonFanbeam:
         """The scan of a size x size image in pixels. The detector is flat: see `to_pixels`."""
-        return _projector(self, size, theta, weights)
+        p, (count, offset, _) = self.field_of_view_mm / size, _flat_bins(self)
+        du, offset = self.detector_pitch_mm / p, (-offset if self.reversed else offset) / p
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*corners")  # a scanner sees a circle, an image is a square
+            if self.beam == "parallel":
+                return Radon(size, theta, count, du, det_offset=offset)
+            return RadonFanbeam(size, theta, self.source_distance_mm / p, self.detector_distance_mm / p, count, du,
+                                det_offset=offset, weights=weights)
 
     def size_of(self, bins: int) -> int:
-        """The scanner's own size, whatever the bins."""
         return self.size
 
     def from_zero(self) -> "Scanner":
-        """The scanner itself."""
         return self
 
     def thinned(self, n_views: int) -> tuple["Scanner", np.ndarray]:
@@ -137,8 +142,10 @@ class Scanner:
         return replace(self, angles=tuple(self.angles[i] for i in chosen)), chosen
 
     def resampled(self, n_views: int) -> "Scanner":
-        """The same scanner with `n_views` equally spaced views from its first angle on; where they are a multiple of
-        its own, these and even steps between neighbours."""
+        """The scanner with `n_views` views: its own where they are as many, with even steps between neighbours where
+        they are a multiple, else equally spaced from the first angle on."""
+        if n_views == len(self.angles):
+            return self
         factor, rest = divmod(n_views, len(self.angles))
         if rest or not factor:
             return replace(self, angles=tuple(self.angles[0] + self.arc * np.arange(n_views) / n_views))
@@ -149,18 +156,12 @@ class Scanner:
 
 def read_geometry(path: str | Path) -> dict:
     """Fields of a geometry file, JSON or YAML, unchecked. Raises InputError with a sentence."""
+    parse = yaml.safe_load if str(path).lower().endswith((".yaml", ".yml")) else json.loads
     try:
-        text = Path(path).read_text()
-        if str(path).lower().endswith((".yaml", ".yml")):
-            import yaml  # only these files need it
-
-            found = yaml.safe_load(text)
-        else:
-            found = json.loads(text)
-    except (OSError, ValueError) as error:
-        raise InputError(f"The geometry {path} cannot be read ({error}); expected JSON, or YAML named .yaml") from None
-    except Exception as error:  # PyYAML's errors have no common base among the built-in ones
-        raise InputError(f"The geometry {path} is not valid YAML ({type(error).__name__})") from None
+        found = parse(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        reason = " ".join(str(error).split())  # PyYAML's has several lines
+        raise InputError(f"The geometry {path} cannot be read ({reason}); expected JSON, or YAML named .yaml") from None
     if not isinstance(found, dict):
         raise InputError(f"The geometry {path} holds a {type(found).__name__}; expected fields and their values")
     return found
@@ -168,45 +169,49 @@ def read_geometry(path: str | Path) -> dict:
 
 def make_scanner(found: dict) -> Scanner:
     """A Scanner from fields as a file holds them. Raises InputError with a sentence for what is missing or absurd."""
-    known = {field.name: field for field in fields(Scanner)}
+    known = {field.name: field.type for field in fields(Scanner)}
     if unknown := sorted(map(str, set(found) - set(known))):
         raise InputError(f"The geometry has unknown fields {', '.join(unknown)}; expected some of {', '.join(known)}")
-    needed = [name for name, field in known.items() if field.default is MISSING]
+    needed = [field.name for field in fields(Scanner) if field.default is MISSING]
     if found.get("beam", "fan") == "fan":
         needed += ["source_distance_mm", "detector_distance_mm"]
     if missing := [name for name in needed if name not in found]:
         raise InputError(f"The geometry lacks {', '.join(missing)}")
-    values = {name: _checked(name, value, known[name].type) for name, value in found.items() if name != "angles"}
-    scanner = Scanner(angles=_angles(found["angles"]), **values)
+    scanner = Scanner(**{name: _angles(value) if name == "angles" else _checked(name, value, known[name])
+                         for name, value in found.items()})
     for name in ("detector_count", "detector_pitch_mm", "field_of_view_mm", "size", "water_per_cm", "slice_spacing_mm"):
         if getattr(scanner, name) <= 0:
             raise InputError(f"The geometry's {name} is {getattr(scanner, name)}; expected more than 0")
-    if scanner.beam == "fan" and scanner.source_distance_mm <= scanner.field_of_view_mm / math.sqrt(2):
+    corners = scanner.field_of_view_mm / math.sqrt(2)
+    if scanner.beam == "fan" and scanner.source_distance_mm <= corners:
         raise InputError(f"The geometry's source_distance_mm {scanner.source_distance_mm:g} lies inside the image, "
-                         f"whose corners are {scanner.field_of_view_mm / math.sqrt(2):.0f} mm from the axis")
+                         f"whose corners are {corners:.0f} mm from the axis")
     if scanner.detector_distance_mm < 0 or (scanner.beam == "parallel" and scanner.detector_shape == "curved"):
         raise InputError("The geometry has a detector_distance_mm below 0, or a curved detector in a parallel beam")
     view_weights(scanner)
     return scanner
 
 
-def _checked(name, value, kind):
-    if name in CHOICES and value not in CHOICES[name]:
-        raise InputError(f"The geometry's {name} is {value!r}; expected {' or '.join(CHOICES[name])}")
-    number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-    if not (isinstance(value, kind) if kind in (bool, str) else number and (kind is float or value == int(value))):
-        raise InputError(f"The geometry's {name} is {value!r}; expected "
-                         f"{ {bool: 'true or false', int: 'a whole number', float: 'a finite number'}[kind]}")
-    return kind(value)
+def _checked(name: str, value, kind):
+    """The value as what a field's annotation says: one of a Literal's choices, a bool, or an int or float."""
+    if choices := get_args(kind):
+        fits, expected = value in choices, " or ".join(choices)
+    elif kind is bool:
+        fits, expected = isinstance(value, bool), "true or false"
+    else:
+        fits = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+        fits, expected = fits and value == kind(value), {int: "a whole number", float: "a finite number"}[kind]
+    if not fits:
+        raise InputError(f"The geometry's {name} is {value!r}; expected {expected}")
+    return kind(value) if kind in (int, float) else value
 
 
 def _angles(found) -> tuple[float, ...]:
     if isinstance(found, dict):
         if set(found) != {"start", "step", "count"}:
             raise InputError(f"The geometry's angles hold {', '.join(map(str, found))}; expected start, step and count")
-        count = _checked("angles.count", found["count"], int)
         start, step = (_checked(f"angles.{key}", found[key], float) for key in ("start", "step"))
-        found = [start + step * i for i in range(count)]
+        found = [start + step * i for i in range(_checked("angles.count", found["count"], int))]
     if not isinstance(found, list | tuple) or not found:
         raise InputError("The geometry's angles are no list; expected degrees, one a view, or start, step and count")
     return tuple(_checked("angles", value, float) for value in found)
@@ -227,15 +232,6 @@ def view_weights(scanner: Scanner) -> np.ndarray:
     return (share[index] * len(angles) / scanner.arc).astype(np.float32)
 
 
-def _pose(scanner: Scanner) -> tuple[np.ndarray, bool]:
-    """theta of each view, radians, and whether the bins are reversed."""
-    theta = (np.array(scanner.angles) + scanner.angle_offset) * (1 if scanner.direction == "ccw" else -1)
-    if scanner.flip_image != "none":
-        theta = (0 if scanner.flip_image == "left-right" else 180) - theta
-    # Small angles keep their digits in the projector's float32.
-    return np.radians(np.mod(theta, 360)), scanner.flip_detector != (scanner.flip_image != "none")
-
-
 def _flat_bins(scanner: Scanner) -> tuple[int, float, np.ndarray | None]:
     """Count and offset (mm) of the flat bins, and where each lies among the measured ones (None: these are flat)."""
     n, pitch, offset = scanner.detector_count, scanner.detector_pitch_mm, scanner.detector_offset_mm
@@ -250,26 +246,6 @@ def _flat_bins(scanner: Scanner) -> tuple[int, float, np.ndarray | None]:
     count, middle = math.floor((high - low) / pitch) + 1, (low + high) / 2
     u = (np.arange(count) - count / 2 + 0.5) * pitch + middle
     return count, middle, (R * np.arctan(u / R) - first) / pitch
-
-
-@lru_cache(maxsize=512)
-def _views(scanner: Scanner, n_views: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """(theta, shares) of n views."""
-    scan = scanner if n_views == len(scanner.angles) else scanner.resampled(n_views)
-    return tuple(_pose(scan)[0].tolist()), tuple(view_weights(scan).tolist())
-
-
-@lru_cache(maxsize=64)
-def _projector(scanner: Scanner, size: int, theta: tuple[float, ...], weights: str) -> Radon | RadonFanbeam:
-    count, offset, _ = _flat_bins(scanner)
-    p = scanner.field_of_view_mm / size
-    du, offset = scanner.detector_pitch_mm / p, (-offset if _pose(scanner)[1] else offset) / p
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*corners")  # a scanner sees a circle, an image is a square
-        if scanner.beam == "parallel":
-            return Radon(size, theta, count, du, det_offset=offset)
-        return RadonFanbeam(size, theta, scanner.source_distance_mm / p, scanner.detector_distance_mm / p, count, du,
-                            det_offset=offset, weights=weights)
 
 
 def check_shape(scanner: Scanner, shape: tuple[int, ...]) -> None:
@@ -288,7 +264,7 @@ def to_pixels(scanner: Scanner, lines: np.ndarray, size: int) -> torch.Tensor:
     position = _flat_bins(scanner)[2]
     if position is not None:
         lines = _cubic(lines, position)
-    if _pose(scanner)[1]:
+    if scanner.reversed:
         lines = lines[..., ::-1]
     scale = 10 * size / scanner.field_of_view_mm * MU_WATER / scanner.water_per_cm
     return torch.from_numpy(np.multiply(lines, scale, dtype=np.float32))

@@ -1,5 +1,6 @@
 """Where weights are: known names, files, and Hugging Face. Needs no PyTorch."""
 
+import re
 import sys
 from pathlib import Path
 
@@ -20,18 +21,17 @@ def find_checkpoint(name: str) -> Path:
             raise InputError(f"The checkpoint {name} does not exist; expected a file, hf://owner/repository/file, or "
                              f"one of {', '.join(KNOWN)}.")
         return Path(name)
-    owner, _, rest = name.removeprefix("hf://").partition("/")
-    repository, _, file = rest.partition("/")
-    if not (owner and repository and file):
+    place = re.fullmatch("hf://([^/]+/[^/]+)/(.+)", name)
+    if not place:
         raise InputError(f"--checkpoint {name}: expected hf://owner/repository/file.")
     from huggingface_hub import hf_hub_download, try_to_load_from_cache
 
     try:
-        cached = try_to_load_from_cache(f"{owner}/{repository}", file)
+        cached = try_to_load_from_cache(*place.groups())
         if isinstance(cached, str):
             return Path(cached)
         print(f"Downloading {name} into the Hugging Face cache.", file=sys.stderr)
-        return Path(hf_hub_download(f"{owner}/{repository}", file))
+        return Path(hf_hub_download(*place.groups()))
     except (OSError, ValueError) as error:  # what its HTTP, offline, missing-file and bad-name errors have in common
         reason = str(error).strip().splitlines()[0]
         raise InputError(f"{name} is not in the Hugging Face cache and could not be downloaded "

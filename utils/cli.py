@@ -5,17 +5,13 @@ import functools
 import math
 import re
 import sys
-from dataclasses import fields
 from typing import Literal, get_args, get_origin, get_type_hints
 
 from utils.errors import CvGDiffError
 
 
 def script(main):
-    """Decorates main(argv) of a script: an error of this project becomes its sentence and an exit status.
-
-    Ctrl-C becomes one line and status 130.
-    """
+    """Decorates main(argv): an error of this project, or Ctrl-C, becomes its sentence and an exit status."""
     @functools.wraps(main)
     def run(argv=None):
         try:
@@ -38,12 +34,12 @@ def _device(text: str) -> str:
 
 class _Formatter(argparse.RawDescriptionHelpFormatter):
     def _get_help_string(self, action):
-        """The help with its default, unless it says that itself."""
-        text = action.help or ""
-        said = "default" in text or not action.option_strings or any(
-            action.default is value for value in (None, False, argparse.SUPPRESS))
-        default = " ".join(map(str, action.default)) if isinstance(action.default, list | tuple) else action.default
-        return text if said else f"{text} (default: {default})".replace("%", "%%")
+        """The help with its default, unless it says that itself or the flag takes no value."""
+        default = action.default
+        if "default" in action.help or default is None or action.nargs == 0:
+            return action.help
+        default = " ".join(map(str, default)) if isinstance(default, list | tuple) else default
+        return f"{action.help} (default: {default})".replace("%", "%%")
 
 
 class Parser(argparse.ArgumentParser):
@@ -70,9 +66,9 @@ class Parser(argparse.ArgumentParser):
 
 
 def add_fields(parser, cls, default) -> None:
-    """A flag for each field of a dataclass; None where it is not given.
+    """A flag for each of a dataclass's `described_fields`, None where it is not given; a Literal gives the choices.
 
-    The fields are Annotated[type, help]; a Literal gives the choices. default(name): the text for its default.
+    default(name): the text for its default.
     """
     for name, (kind, text) in described_fields(cls).items():
         flag, text = "--" + name.replace("_", "-"), f"{text} (default: {default(name)})".replace("%", "%%")
@@ -86,6 +82,4 @@ def add_fields(parser, cls, default) -> None:
 
 def described_fields(cls) -> dict[str, tuple[type, str]]:
     """{name: (type, what it means)} of a dataclass whose fields are Annotated[type, text]."""
-    hints = get_type_hints(cls, include_extras=True)
-    return {field.name: get_args(hints[field.name]) for field in fields(cls)}
-
+    return {name: get_args(hint) for name, hint in get_type_hints(cls, include_extras=True).items()}

@@ -2,6 +2,7 @@
 
 import resource
 from contextlib import contextmanager
+from math import ceil
 
 import torch
 
@@ -10,10 +11,9 @@ from utils.errors import InputError, Stopped
 
 def chosen_device(device: str | None) -> str:
     """The device, or for None a GPU if there is one. Raises InputError where it cannot be used here."""
-    there = torch.cuda.is_available()
-    if device is not None and device != "cpu" and not there:
+    if device not in (None, "cpu") and not torch.cuda.is_available():
         raise InputError(f"--device {device} cannot be used: expected cpu; PyTorch finds no CUDA GPU here.")
-    return device or ("cuda" if there else "cpu")
+    return device or ("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def bf16_pays(device: str) -> bool:
@@ -47,32 +47,20 @@ def memory(device: str) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
-def reset_peak_memory(device: str) -> None:
-    """Start the measurement of `peak_memory` anew where that can be done, on a GPU."""
-    if torch.device(device).type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-
-
-def peak_memory(device: str) -> float:
-    """Most memory that tensors took since `reset_peak_memory`, GiB; on a CPU, this process's peak so far."""
-    return torch.cuda.max_memory_allocated(device) / 2**30 if torch.device(device).type == "cuda" else memory(device)
-
-
 @contextmanager
 def memory_advice(batch: int, processes: int, accumulate: int):
     """Turn "out of GPU memory" into a sentence that says what to do."""
     try:
         yield
     except torch.OutOfMemoryError:
-        share = -(-batch // processes)
-        part = -(-share // accumulate)
+        share = ceil(batch / processes)
+        part = ceil(share / accumulate)
         if part == 1:
             raise Stopped("Out of GPU memory with one slice at a time: take a smaller --width, a --stem of 2 or a "
                           "larger GPU.") from None
-        raise Stopped(
-            f"Out of GPU memory with {part} slices at a time. Repeat the command with --accumulate "
-            f"{-(-share // (part // 2))}: {part // 2} at a time, --batch {batch} as it is and so the same result; or, "
-            f"for another result, in a new folder, with --batch {max(1, batch // 2)}.") from None
+        raise Stopped(f"Out of GPU memory with {part} slices at a time. Repeat the command with --accumulate "
+                      f"{ceil(share / (part // 2))}: {part // 2} at a time, --batch {batch} as it is and so the same "
+                      f"result; or, for another result, in a new folder, with --batch {max(1, batch // 2)}.") from None
 
 
 def try_compile(model, *example):

@@ -5,26 +5,25 @@ import os
 import signal
 import sys
 from datetime import timedelta
+from math import ceil
 
 import torch
 import torch.distributed as dist
 
 
 def start(device: str) -> tuple[int, int, str]:
-    """(rank, processes, device) of this process; joins the others where torchrun started it.
-
-    Each process of a CUDA run takes the GPU of its local rank. Only rank 0 prints to standard output.
-    """
+    """(rank, processes, device): joins the others where torchrun started this process. On CUDA it takes the GPU of its
+    local rank. Only rank 0 prints to standard output."""
     if "WORLD_SIZE" not in os.environ:
         return 0, 1, device
-    cuda = device.split(":")[0] == "cuda"
+    cuda = device.startswith("cuda")
     if cuda:
         device = f"cuda:{os.environ['LOCAL_RANK']}"
         torch.cuda.set_device(device)
     # In an evaluation a rank may wait for the others' slices for longer than the default half an hour.
     dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=timedelta(days=7))
     if dist.get_rank() > 0:
-        sys.stdout = open(os.devnull, "w")
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")
     return dist.get_rank(), dist.get_world_size(), device
 
 
@@ -51,7 +50,7 @@ def shares(first: int, last: int, rank: int, processes: int, parts: int) -> tupl
     mine, weight = range(first + rank, last, processes), processes / (last - first)
     if not mine:
         mine, weight = range(first, first + 1), 0.0
-    size = -(-len(mine) // parts)
+    size = ceil(len(mine) / parts)
     return [mine[i:i + size] for i in range(0, len(mine), size)], weight
 
 

@@ -2,9 +2,11 @@
 
 
 class CvGDiffError(Exception):
-    """Base of this project's errors. Its text is a sentence: what was found, what was expected, what to do."""
+    """A sentence, what was found, what was expected, what to do, and the exit status of a script that ends with it."""
 
-    status = 1  # exit status of a script that ends with it
+    def __init__(self, sentence: str, status: int = 1):
+        super().__init__(sentence)
+        self.status = status
 
 
 class InputError(CvGDiffError, ValueError):
@@ -17,7 +19,3 @@ class RunFolderError(CvGDiffError):
 
 class Stopped(CvGDiffError):
     """Work that ended before its end: a signal, a full disk, too little memory. What was done is kept."""
-
-    def __init__(self, sentence: str, status: int = 1):
-        super().__init__(sentence)
-        self.status = status

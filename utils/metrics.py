@@ -1,4 +1,4 @@
-"""What an image is worth: metrics of single slices in HU windows. A new one is a row of METRICS."""
+"""What an image is worth: metrics of single slices in HU windows. A new one is a row of METRICS, nothing else."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -34,17 +34,14 @@ def rmse_hu(a: torch.Tensor, b: torch.Tensor, width: float) -> torch.Tensor:
 
 
 def vif(a: torch.Tensor, b: torch.Tensor, width: float) -> torch.Tensor:
-    """Pixel-domain visual information fidelity of a, 1 for b itself (Sheikh & Bovik, IEEE TIP 15(2), 2006).
-
-    By sewar, for a window of 255 grey values, as its noise variance of 2 expects. NaN for slices under 41 pixels, too
-    small for its four scales.
-    """
+    """Pixel-domain visual information fidelity of a, 1 for b itself (Sheikh & Bovik, IEEE TIP 15(2), 2006), by sewar:
+    its noise variance of 2 expects 255 grey values, its four scales 41 pixels, and NaN stands for smaller slices."""
     from sewar.full_ref import vifp  # slow to import
 
     if min(b.shape[-2:]) < 41:
         return torch.full((len(b),), torch.nan)
-    images = [255 * x[:, 0].double().cpu().numpy() for x in (b, a)]
-    return torch.tensor([vifp(truth, estimate) for truth, estimate in zip(*images, strict=True)])
+    truths, estimates = (255 * x[:, 0].double().cpu().numpy() for x in (b, a))
+    return torch.tensor([vifp(*pair) for pair in zip(truths, estimates, strict=True)])
 
 
 def _mse(a, b):
@@ -53,8 +50,6 @@ def _mse(a, b):
 
 @dataclass(frozen=True)
 class Metric:
-    """A metric as tables and statistics know it: nothing else has to be told of a new one."""
-
     label: str                   # in tables and figures
     unit: str                    # behind the label
     better: int                  # 1: more is better, -1: less is

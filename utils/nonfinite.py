@@ -16,19 +16,16 @@ class NonFinite:
         self.pending.append(step)
 
     def check(self) -> bool:
-        """Look at the steps recorded since the last call: whether `patience` of them in a row were skipped.
-
-        `blamed` then holds the slices of that row whose loss was not finite here, `present` all of them.
-        """
+        """Whether `patience` steps in a row were skipped. `blamed` then holds the slices of that row whose loss was not
+        finite here, `present` all of them."""
         steps, self.pending = self.pending, []
         for step, bad in zip(steps, torch.stack([step.skipped for step in steps]).tolist(), strict=True):
             if not bad:
                 self.in_a_row, self.blamed, self.present = 0, set(), set()
                 continue
-            finite = step.losses.isfinite().tolist()
-            self.blamed |= {i for i, fine in zip(step.slices, finite, strict=True) if not fine}
-            self.present |= set(step.slices)
             self.in_a_row, self.total = self.in_a_row + 1, self.total + 1
+            self.present.update(step.slices)
+            self.blamed.update(step.slices[i] for i in (~step.losses.isfinite()).nonzero())
             if self.in_a_row == self.patience:
                 return True
         return False

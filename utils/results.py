@@ -4,6 +4,7 @@ Every process appends to a part file of its own, part-RANK.csv; `open_results` m
 """
 
 import csv
+from itertools import groupby
 from pathlib import Path
 
 from utils.files import write_table
@@ -20,14 +21,12 @@ def open_results(out: Path, run: dict) -> dict[tuple, list[dict]]:
     """
     claim(out, run, "run of test.py")
     done, parts = {}, sorted(out.glob("part-*.csv"))
-    for table in (out / "results.csv", *parts):
-        if table.is_file():
-            found = {}
-            with open(table, newline="", encoding="utf-8") as file:
-                for row in csv.DictReader(file, COLUMNS):
-                    if row["file"] != "file" and row["peak_gib"]:  # a killed run may leave half a line
-                        found.setdefault((row["file"], row["method"], int(row["views"])), []).append(row)
-            done.update({key: rows for key, rows in found.items() if len(rows) == len(run["windows"])})
+    for path in filter(Path.is_file, (out / "results.csv", *parts)):
+        with open(path, newline="", encoding="utf-8") as file:
+            rows = [row for row in csv.DictReader(file, COLUMNS) if row["file"] != "file" and row["peak_gib"]]
+        for key, group in groupby(rows, lambda row: (row["file"], row["method"], int(row["views"]))):
+            if len(windows := list(group)) == len(run["windows"]):  # a killed run may leave some, or half a line
+                done[key] = windows
     if parts:
         write_rows(out / "results.csv", [row for rows in done.values() for row in rows])
         for part in parts:
@@ -43,23 +42,20 @@ def append(out: Path, rank: int, rows: list[dict]) -> None:
 
 def write_rows(path: Path, rows: list[dict]) -> None:
     """Write a CSV file of rows that share their keys."""
-    header = list(rows[0]) if rows else COLUMNS
-    write_table(path, header, ([row[key] for key in header] for row in rows))
+    write_table(path, rows[0] if rows else COLUMNS, (row.values() for row in rows))
 
 
 def table(summary: list[dict], notes: list[str]) -> str:
     """Markdown: a table a window of means over slices, PSNR with its 95 % interval by slice, and notes below."""
     lines, columns = [], ["views", "method", *(f"{m.label} {m.unit}" for m in METRICS.values()), "calls", "s/slice"]
     columns[2] += " [95 %]"
-    for window in dict.fromkeys(tuple(row["window"]) for row in summary):
-        lines += [f"W{window[0]}/L{window[1]}", "", f"| {' | '.join(columns)} |", "|" + "---|" * len(columns)]
-        for row in summary:
-            if tuple(row["window"]) == window:
-                cells = ["-" if row[name] is None else f"{m.scale * row[name]:.{m.digits}f}"
-                         for name, m in METRICS.items()]
-                if interval := row["psnr_ci_slices"]:
-                    cells[0] += f" [{interval[0]:.2f}, {interval[1]:.2f}]"
-                cells = [row["views"], row["method"], *cells, f"{row['nfe']:.1f}", f"{row['seconds_per_slice']:.2f}"]
-                lines.append(f"| {' | '.join(map(str, cells))} |")
+    for width, centre in dict.fromkeys(tuple(row["window"]) for row in summary):
+        lines += [f"W{width}/L{centre}", "", f"| {' | '.join(columns)} |", "|" + "---|" * len(columns)]
+        for row in (row for row in summary if tuple(row["window"]) == (width, centre)):
+            cells = ["-" if row[k] is None else f"{m.scale * row[k]:.{m.digits}f}" for k, m in METRICS.items()]
+            if interval := row["psnr_ci_slices"]:
+                cells[0] += f" [{interval[0]:.2f}, {interval[1]:.2f}]"
+            cells = [f"{row['views']}", row["method"], *cells, f"{row['nfe']:.1f}", f"{row['seconds_per_slice']:.2f}"]
+            lines.append(f"| {' | '.join(cells)} |")
         lines.append("")
     return "\n".join(lines + notes)

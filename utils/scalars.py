@@ -3,7 +3,7 @@
 import json
 import math
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,10 +16,8 @@ def read_lines(path: Path) -> list[dict]:
     """The whole lines of a metrics.jsonl; a killed run may leave half a line at the end."""
     found = []
     for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
-        try:
+        with suppress(ValueError):
             found.append(json.loads(line))
-        except ValueError:
-            continue
     return found
 
 
@@ -38,8 +36,7 @@ class Scalars:
     """Collects steps without waiting for the device; `flush` writes their means, once every hundred images or so."""
 
     def __init__(self, out: Path, seen: int, writes: bool = True):
-        """A run that resumes after `seen` images drops what it had written beyond them. writes: only one process does.
-        """
+        """A run that resumes after `seen` images drops what it had written beyond them. writes: one process does."""
         self.lines, self.pending, self.seen, self.writes, self.board = out / "metrics.jsonl", [], seen, writes, None
         self.since = time.perf_counter()
         if not writes:
@@ -58,13 +55,12 @@ class Scalars:
 
     def flush(self, seen: int, lr: float, skipped: int) -> dict[str, float]:
         """Write the means over the steps since the last call, of finite values of this process, and return them."""
-        groups: dict[str, list] = {}
+        groups = {"gradient_norm": [step.norm.item() for step in self.pending]}
         for step in self.pending:
             for hop, n, loss in zip(step.hops, step.levels, step.losses.tolist(), strict=True):
-                groups.setdefault("loss/compose" if hop else "loss/restore", []).append(loss)
-                groups.setdefault(f"loss/{n}_views", []).append(loss)
-        groups["gradient_norm"] = [step.norm.item() for step in self.pending]
-        finite = {name: [v for v in values if math.isfinite(v)] for name, values in groups.items()}
+                for name in ("loss/compose" if hop else "loss/restore", f"loss/{n}_views"):
+                    groups.setdefault(name, []).append(loss)
+        finite = {name: list(filter(math.isfinite, values)) for name, values in groups.items()}
         values = {name: sum(v) / len(v) for name, v in finite.items() if v}
         values |= {"lr": lr, "skipped": skipped,
                    "images_per_second": (seen - self.seen) / (time.perf_counter() - self.since)}
@@ -85,11 +81,10 @@ class Scalars:
             return
         with full_disk(self.lines.parent), open(self.lines, "a", encoding="utf-8") as file:
             file.write(json.dumps({"images": seen, **values}) + "\n")
-        if self.board:
-            for name, value in values.items():
-                self.board.add_scalar(name, value, seen)
-            if picture is not None:
-                self.board.add_image("val/truth_fbp_reconstruction", picture.cpu(), seen)
+        for name, value in values.items() if self.board else ():
+            self.board.add_scalar(name, value, seen)
+        if self.board and picture is not None:
+            self.board.add_image("val/truth_fbp_reconstruction", picture.cpu(), seen)
 
     def close(self) -> None:
         """Flush TensorBoard's file."""

@@ -1,6 +1,6 @@
 """Statistics of an evaluation: means with bootstrap intervals, and paired comparisons of methods."""
 
-from itertools import combinations
+from itertools import combinations, product
 
 import numpy as np
 from scipy.stats import wilcoxon
@@ -12,7 +12,7 @@ from utils.units import number
 def interval(values: np.ndarray, groups: list, seed: int = 0, draws: int = 2000) -> list[float] | None:
     """95 % percentile bootstrap interval of the mean of `values` (N,), drawing whole groups with replacement.
 
-    groups: the group of each value; a slice each, or its patient, since slices of one patient are alike. None for one
+    groups: the group of each value: its slice, or its patient, since slices of one patient are alike. None for a single
     group, whose spread says nothing about others.
     """
     _, index = np.unique(groups, return_inverse=True)
@@ -20,17 +20,15 @@ def interval(values: np.ndarray, groups: list, seed: int = 0, draws: int = 2000)
     if len(sums) < 2:
         return None
     drawn = np.random.default_rng(seed).integers(len(sums), size=(draws, len(sums)))
-    means = sums[drawn].sum(1) / counts[drawn].sum(1)
-    return np.quantile(means, [0.025, 0.975]).tolist()
+    return np.quantile(sums[drawn].sum(1) / counts[drawn].sum(1), [0.025, 0.975]).tolist()
 
 
 def holm(p: list[float]) -> list[float]:
     """Holm's step-down adjustment: the p-values at which each hypothesis falls, all errors together kept at 5 %."""
     order = np.argsort(p)
-    steps = np.maximum.accumulate([(len(p) - i) * p[j] for i, j in enumerate(order)])
     adjusted = np.empty(len(p))
-    adjusted[order] = np.minimum(steps, 1)
-    return adjusted.tolist()
+    adjusted[order] = np.maximum.accumulate([(len(p) - i) * p[j] for i, j in enumerate(order)])
+    return adjusted.clip(max=1).tolist()
 
 
 def summarize(done: dict[tuple, list[dict]], patients: list[str], methods, views, seed: int = 0) -> list[dict]:
@@ -39,38 +37,34 @@ def summarize(done: dict[tuple, list[dict]], patients: list[str], methods, views
     done: result rows, one a window, by (file, method, views), the files in the order of `patients`.
     """
     summary = []
-    for n in views:
-        for method in methods:
-            slices = [rows for (_, m, v), rows in done.items() if (m, v) == (method, n)]
-            for rows in zip(*slices, strict=True):  # one window
-                value = {k: np.array([float(row[k] or "nan") for row in rows])
-                         for k in (*METRICS, "nfe", "seconds_per_slice", "peak_gib")}
-                mean = {k: None if np.isnan(v.mean()) else float(v.mean()) for k, v in value.items()}
-                summary.append({"method": method, "views": n,
-                                "window": [number(rows[0][k]) for k in ("width", "centre")],
-                                **{k: mean[k] for k in (*METRICS, "nfe", "seconds_per_slice")},
-                                "peak_gib": float(value["peak_gib"].max()), "slices": len(rows),
-                                "patients": len(set(patients))})
-                for k in METRICS:
-                    if mean[k] is not None:
-                        summary[-1][f"{k}_std"] = float(value[k].std(ddof=1)) if len(rows) > 1 else None
-                        summary[-1][f"{k}_ci_slices"] = interval(value[k], range(len(rows)), seed)
-                        summary[-1][f"{k}_ci_patients"] = interval(value[k], patients, seed)
+    for n, method in product(views, methods):
+        slices = [rows for (_, m, v), rows in done.items() if (m, v) == (method, n)]
+        for rows in zip(*slices, strict=True):  # one window
+            value = {k: np.array([float(row[k] or "nan") for row in rows])
+                     for k in (*METRICS, "nfe", "seconds_per_slice", "peak_gib")}
+            peak = float(value.pop("peak_gib").max())
+            mean = {k: None if np.isnan(v.mean()) else float(v.mean()) for k, v in value.items()}
+            found = {"method": method, "views": n, "window": [number(rows[0][k]) for k in ("width", "centre")], **mean,
+                     "peak_gib": peak, "slices": len(rows), "patients": len(set(patients))}
+            for k in METRICS:
+                if mean[k] is not None:
+                    found[f"{k}_std"] = float(value[k].std(ddof=1)) if len(rows) > 1 else None
+                    found[f"{k}_ci_slices"] = interval(value[k], range(len(rows)), seed)
+                    found[f"{k}_ci_patients"] = interval(value[k], patients, seed)
+            summary.append(found)
     return summary
 
 
-def compare(done: dict[tuple, list[dict]], methods, views, metric: str = "psnr") -> list[dict]:
-    """Every pair of methods at every view count in the first window: mean difference and Wilcoxon's signed-rank test
-    over slices, two-sided, Holm-adjusted over all rows."""
+def compare(done: dict[tuple, list[dict]], methods, views) -> list[dict]:
+    """Every pair of methods at every view count: mean difference of PSNR in the first window, and Wilcoxon's
+    signed-rank test over slices, two-sided, Holm-adjusted over all rows."""
     rows = []
-    for n in views:
-        scores = {m: np.array([float(r[0][metric]) for (_, k, v), r in done.items() if (k, v) == (m, n)])
-                  for m in methods}
-        for a, b in combinations(methods, 2):
-            difference = scores[a] - scores[b]
-            p = float(wilcoxon(difference).pvalue) if difference.any() else 1.0
-            rows.append({"views": n, "method": a, "against": b, f"{metric}_difference": float(difference.mean()),
-                         "slices": len(difference), "p_wilcoxon": p})
+    for n, (a, b) in product(views, combinations(methods, 2)):
+        scores = [np.array([float(r[0]["psnr"]) for (_, k, v), r in done.items() if (k, v) == (m, n)]) for m in (a, b)]
+        difference = scores[0] - scores[1]
+        p = float(wilcoxon(difference).pvalue) if difference.any() else 1.0
+        rows.append({"views": n, "method": a, "against": b, "psnr_difference": float(difference.mean()),
+                     "slices": len(difference), "p_wilcoxon": p})
     for row, p in zip(rows, holm([row["p_wilcoxon"] for row in rows]), strict=True):
         row["p_holm"] = p
     return rows

@@ -1,11 +1,4 @@
-"""HU, linear attenuation mu and display windows."""
-
-from __future__ import annotations
-
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:  # data preparation reads the constants without waiting for torch
-    import torch
+"""HU, linear attenuation mu and display windows, of tensors and of arrays. Needs no PyTorch."""
 
 MU_WATER = 0.192           # 1/cm
 HU_RANGE = (-1024, 3071)   # what a 12-bit scanner stores
@@ -13,12 +6,12 @@ FIELD_CM = 256 * 0.14      # field of view: images of other sizes have other pix
 WINDOWS = ((3000, 500), (500, 50), (2000, 0))  # (width, centre) in HU; the first is the headline
 
 
-def hu_to_mu(hu: torch.Tensor) -> torch.Tensor:
+def hu_to_mu(hu):
     """HU -> mu in 1/cm."""
     return hu / 1000 * MU_WATER + MU_WATER
 
 
-def mu_to_hu(mu: torch.Tensor) -> torch.Tensor:
+def mu_to_hu(mu):
     """mu in 1/cm -> HU."""
     return (mu - MU_WATER) / MU_WATER * 1000
 
@@ -28,9 +21,9 @@ def pixel_cm(size: int) -> float:
     return FIELD_CM / size
 
 
-def window(mu: torch.Tensor, width: float, centre: float) -> torch.Tensor:
+def window(mu, width: float, centre: float):
     """mu -> [0, 1], clipped to the HU window."""
-    return ((mu_to_hu(mu) - (centre - width / 2)) / width).clamp(0, 1)
+    return ((mu_to_hu(mu) - (centre - width / 2)) / width).clip(0, 1)
 
 
 def number(text: str) -> int | float:
