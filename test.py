@@ -12,7 +12,7 @@ from pathlib import Path
 from datasets.slices import evenly_spaced, find_slices, fingerprint, patients_of, read_slices
 from models.baselines import TV_WEIGHT
 from models.levels import FULL_VIEWS
-from models.methods import LABELS, METHODS
+from models.methods import METHODS
 from models.weights import find_checkpoint
 from utils.cli import Parser, script
 from utils.files import atomic, hash16
@@ -121,46 +121,13 @@ def write_tables(done, patients, run, args) -> list[dict]:
     return summary
 
 
-def draw(args, reconstructor, noise, x0, name: str, summary) -> None:
-    """A comparison and the error along the chain at each level for one slice; curves of the means over all slices."""
-    from models.evaluation import simulate_measurement
-    from utils import figures
-    from utils.metrics import score
-
-    for n in args.views:
-        if (args.out / f"comparison_{n}views.png").is_file():
-            continue
-        y, images, chains = simulate_measurement(x0, n, [name], reconstructor.degrade, noise), {}, {}
-        for method in args.methods:
-            errors = []
-
-            def watch(slices, n_t, x0_hat, errors=errors):
-                errors.append((len(errors) + 1, score(x0_hat, x0, *args.windows[0])["psnr"].item()))
-
-            images[LABELS[method]], _ = reconstructor.run(
-                method, y, x0.shape[-1], photons=noise.photons, electronic=noise.electronic, callback=watch,
-                **args.options.get(method, {}))
-            if len(errors) > 1:
-                chains[LABELS[method]] = errors
-        if chains:
-            figures.curves(args.out / f"chain_{n}views.png", chains, "network call", f"{name}, {n} views")
-        figures.comparison(args.out / f"comparison_{n}views.png", x0, images, f"{name}, {n} views")
-    headline = [row for row in summary if row["window"] == list(args.windows[0])]
-    if len(args.views) > 1:
-        by_method = {LABELS[m]: sorted((r["views"], r["psnr"]) for r in headline if r["method"] == m)
-                     for m in args.methods}
-        figures.curves(args.out / "psnr_views.png", by_method, "views", "mean over slices", log=True)
-    by_calls = {f"{n} views": sorted((r["nfe"], r["psnr"]) for r in headline if r["views"] == n) for n in args.views}
-    figures.curves(args.out / "psnr_calls.png", by_calls, "network calls a slice",
-                   ", ".join(LABELS[m] for m in args.methods), joined=False)
-
-
 @script
 def main(argv=None):
     args = parse(argv)
     files, checkpoint = find_slices(args.data, "test"), find_checkpoint(args.checkpoint)
     import torch  # takes two seconds, as what needs it
 
+    from fig.evaluation import draw
     from models.evaluation import Noise, evaluate
     from models.reconstructor import Reconstructor
     from models.scanner import PublishedScanner

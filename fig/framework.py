@@ -10,9 +10,9 @@ import torch
 from matplotlib.patches import FancyArrowPatch
 
 from datasets.slices import find_slices, read_slice
+from fig.figures import plt, write
 from models.reconstructor import Reconstructor
 from utils.cli import Parser, script
-from utils.figures import plt, write
 from utils.metrics import score
 from utils.units import WINDOWS, hu_to_mu, mu_to_hu
 

@@ -27,7 +27,7 @@ def main(argv=None) -> None:
     parser = Parser("python -m fig.plot_run", __doc__)
     parser.add_argument("out", type=Path, help="folder of a run of train.py")
     out = parser.parse_args(argv).out
-    from utils.figures import plt, write
+    from fig.figures import plt, write
     from utils.scalars import read_lines
 
     lines = read_lines(out / "metrics.jsonl")

@@ -8,11 +8,11 @@ The figure shows mean PSNR in the headline window. With several folders the name
 import json
 from pathlib import Path
 
+from fig.figures import draw_curves, plt, write
 from fig.plot_run import curves
 from models.methods import LABELS
 from utils.cli import Parser, script
 from utils.errors import InputError
-from utils.figures import draw_curves, plt, write
 from utils.scalars import read_lines
 
 

@@ -3,7 +3,7 @@
 import json
 import math
 import pickle
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
@@ -24,6 +24,20 @@ def save_checkpoint(path: Path, state: dict[str, torch.Tensor], network: UNetCon
     weights = {name: value.detach().cpu().contiguous() for name, value in state.items()}
     with atomic(path) as partial:
         save_file(weights, partial, metadata={"cvg_diff": json.dumps(header)})
+
+
+def save_published(path: Path, network: UNet, epoch: int = 0) -> None:
+    """Write weights in the published form, which `_read_published` and the published code read.
+
+    Raises InputError for a network with options that the published architecture does not have.
+    """
+    plain = infer_config(network.state_dict())
+    if replace(network.config, dropout=UNetConfig.dropout) != plain or (plain.stem, plain.channels) != (1, 1):
+        raise InputError(f"The published code has no network like {network.config}; it takes the architecture of the "
+                         "preset paper alone.")
+    weights = {"denoise_fn." + name: value.detach().cpu() for name, value in network.state_dict().items()}
+    with atomic(path) as partial, open(partial, "wb") as file:
+        torch.save({"net_param": weights, "epoch": epoch}, file)
 
 
 def infer_config(state: dict[str, torch.Tensor]) -> UNetConfig | None:

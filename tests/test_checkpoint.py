@@ -53,6 +53,22 @@ def test_a_published_file_gives_the_reference_outputs(tmp_path, call):
     assert "ends in .safetensors" in call(convert.main, tmp_path / "net.pkl", tmp_path / "net.bin", expect=1)
 
 
+def test_weights_of_the_published_architecture_go_back_to_the_published_code(tmp_path, call):
+    """{"net_param": {"denoise_fn." + name: value}, "epoch": n}, and the very bits."""
+    network = with_known_weights(SMALL)
+    save_checkpoint(tmp_path / "net.safetensors", network.state_dict(), SMALL, {})
+    assert "Written" in call(convert.main, tmp_path / "net.safetensors", tmp_path / "net.pkl")
+    found = torch.load(tmp_path / "net.pkl", weights_only=True)
+    assert set(found) == {"net_param", "epoch"} and isinstance(found["epoch"], int)
+    expected = {"denoise_fn." + name: value for name, value in network.state_dict().items()}
+    assert list(found["net_param"]) == list(expected)
+    assert all(torch.equal(value, expected[name]) for name, value in found["net_param"].items())
+    again, header = load_checkpoint(tmp_path / "net.pkl")
+    assert again.config == SMALL and header["protocol"] == "cvg-official"
+    assert "no network like" in call(convert.main, "tiny", tmp_path / "tiny.pkl", expect=1)
+    assert not (tmp_path / "tiny.pkl").exists()
+
+
 class Hostile:
     def __init__(self, marker):
         self.marker = marker

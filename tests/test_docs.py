@@ -8,10 +8,10 @@ import shutil
 
 import numpy as np
 import pytest
-import torch
 from conftest import ROOT, make_dicom, make_series
 from test_scanner import FAN, line_integrals
 
+from models.checkpoint import save_checkpoint, save_published
 from models.scanner import make_scanner
 from models.unet import UNet, UNetConfig
 from utils import cli
@@ -75,8 +75,9 @@ def places(data, tmp_path, monkeypatch):
     fields = FAN | {"angles": {"start": 0, "step": 5, "count": 72}, "size": 32}
     np.save(tmp_path / "scan.npy", line_integrals(make_scanner(fields)))
     (tmp_path / "scanner.json").write_text(json.dumps(fields))
-    weights = {"denoise_fn." + name: value for name, value in UNet(UNetConfig(width=32)).state_dict().items()}
-    torch.save({"net_param": weights, "epoch": 1}, tmp_path / "in.pkl")
+    plain = UNet(UNetConfig(width=32))
+    save_published(tmp_path / "in.pkl", plain)
+    save_checkpoint(tmp_path / "paper.safetensors", plain.state_dict(), plain.config, {})
     run = tmp_path / "run"
     run.mkdir()
     (run / "metrics.jsonl").write_text('{"images": 10, "loss/restore": 1.0}\n{"images": 20, "loss/restore": 0.5}\n')
@@ -89,7 +90,8 @@ def places(data, tmp_path, monkeypatch):
             "scan.npy": tmp_path / "scan.npy", "scanner.json": tmp_path / "scanner.json", "IN.pkl": tmp_path / "in.pkl",
             "OUT.safetensors": tmp_path / "out.safetensors", "OUT.pkl": tmp_path / "out.pkl", "runs/mine": run,
             "results/test": results, "runs/mine/checkpoint.safetensors": ROOT / "models" / "tiny.safetensors",
-            "sheet.png": tmp_path / "sheet.png"}
+            "sheet.png": tmp_path / "sheet.png",
+            "runs/paper/checkpoint.safetensors": tmp_path / "paper.safetensors"}
 
 
 @pytest.mark.parametrize("command", [c for c in commands() if not is_long(c)])

@@ -4,8 +4,7 @@ import json
 
 from matplotlib import image
 
-from fig import framework, quantitative
-from utils import figures
+from fig import figures, framework, quantitative
 
 
 def test_framework_is_drawn_from_the_sample_set(tmp_path, call):

@@ -63,12 +63,3 @@ def memory_advice(batch: int, processes: int, accumulate: int):
                       f"result; or, for another result, in a new folder, with --batch {max(1, batch // 2)}.") from None
 
 
-def try_compile(model, *example):
-    """torch.compile(model), tried out on an example; the model itself, with a sentence, where that does not work."""
-    try:
-        faster = torch.compile(model)
-        faster(*example)
-        return faster
-    except Exception as error:  # a missing compiler, an unsupported device or operator: eager computes the same
-        print(f"torch.compile does not work here ({type(error).__name__}); the network runs as it is.")
-        return model
