@@ -3,6 +3,7 @@
 import hashlib
 import time
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -73,8 +74,9 @@ def timed(reconstructor: Reconstructor, method: str, y: torch.Tensor, size: int,
 def score_rows(x0_hat: torch.Tensor, x0: torch.Tensor, windows, common: list[dict]) -> list[dict]:
     """Result rows, one a slice and window, the headline window first. common: what the rows of a slice share."""
     scores = [score(x0_hat, x0, *window, slow=window == windows[0]) for window in windows]
-    return [{**about, "width": w[0], "centre": w[1], **{k: repr(v[i].item()) for k, v in values.items()}}
-            for i, about in enumerate(common) for w, values in zip(windows, scores, strict=True)]
+    values = [{name: value.tolist() for name, value in found.items()} for found in scores]
+    return [{**about, "width": w[0], "centre": w[1], **{name: repr(value[i]) for name, value in found.items()}}
+            for i, about in enumerate(common) for w, found in zip(windows, values, strict=True)]
 
 
 def evaluate(args, reconstructor: Reconstructor, noise: Noise, mu: torch.Tensor, names: list[str], patients: list[str],
@@ -83,27 +85,35 @@ def evaluate(args, reconstructor: Reconstructor, noise: Noise, mu: torch.Tensor,
 
     args: of test.py. mu: slices (N, 1, H, H), CPU.
     """
-    size, truths, warm = mu.shape[-1], {}, set()
-    starts = range(rank * args.batch, len(names), processes * args.batch)
-    todo = [(n, method, i) for n in args.views for method in args.methods for i in starts]
-    for n, method, i in tqdm(todo, unit="batch", disable=rank > 0 or None):
-        batch = names[i:i + args.batch]
-        images = [args.out / "images" / f"{method}_{n}views" / name for name in batch] if args.save_images else []
-        if all((name, method, n) in done for name in batch) and all(image.is_file() for image in images):
-            continue
-        if i not in truths:
-            truths[i] = reconstructor.degrade.full(mu[i:i + args.batch].to(args.device)).cpu()
-        x0 = truths[i].to(args.device)
-        y = simulate_measurement(x0, n, batch, reconstructor.degrade, noise)
-        if (n, len(batch)) not in warm:
-            warm.add((n, len(batch)))
-            warm_up(reconstructor, y, size)
-        x0_hat, calls, seconds, gib = timed(reconstructor, method, y, size, photons=noise.photons,
-                                            electronic=noise.electronic, **args.options.get(method, {}))
-        for path, image in zip(images, mu_to_hu(x0_hat).cpu().numpy(), strict=False):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with atomic(path) as partial, open(partial, "wb") as file:
-                np.save(file, image[0])
-        append(args.out, rank, score_rows(x0_hat, x0, args.windows, [
-            {"file": name, "patient": patients[i + j], "method": method, "views": n, "nfe": calls[j],
-             "seconds_per_slice": f"{seconds:.5f}", "peak_gib": f"{gib:.3f}"} for j, name in enumerate(batch)]))
+    degrade, size, truths, warm = reconstructor.degrade, mu.shape[-1], {}, set()
+    todo = [(n, i) for n in args.views for i in range(rank * args.batch, len(names), processes * args.batch)]
+    with tqdm(total=len(todo) * len(args.methods), unit="batch", disable=rank > 0 or None) as bar:
+        for n, i in todo:
+            batch, y = names[i:i + args.batch], None
+            for method in args.methods:
+                bar.update()
+                folder = args.out / "images" / f"{method}_{n}views"
+                images = [folder / name for name in batch] if args.save_images else []
+                if all((name, method, n) in done for name in batch) and all(image.is_file() for image in images):
+                    continue
+                if y is None:
+                    if i not in truths:
+                        truths[i] = degrade.full(mu[i:i + args.batch].to(args.device))
+                    x0, y = truths[i], simulate_measurement(truths[i], n, batch, degrade, noise)
+                if (n, len(batch)) not in warm:
+                    warm.add((n, len(batch)))
+                    warm_up(reconstructor, y, size)
+                x0_hat, calls, seconds, gib = timed(reconstructor, method, y, size, photons=noise.photons,
+                                                    electronic=noise.electronic, **args.options.get(method, {}))
+                save_images(images, x0_hat)
+                append(args.out, rank, score_rows(x0_hat, x0, args.windows, [
+                    {"file": name, "patient": patients[i + j], "method": method, "views": n, "nfe": calls[j],
+                     "seconds_per_slice": f"{seconds:.5f}", "peak_gib": f"{gib:.3f}"} for j, name in enumerate(batch)]))
+
+
+def save_images(paths: list[Path], x0_hat: torch.Tensor) -> None:
+    """Write mu (B, 1, H, H) as HU `.npy` (H, H) to as many paths; nothing where there are none."""
+    for path, image in zip(paths, mu_to_hu(x0_hat).cpu().numpy() if paths else (), strict=True):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with atomic(path) as partial, open(partial, "wb") as file:
+            np.save(file, image[0])
