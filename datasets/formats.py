@@ -1,6 +1,5 @@
 """Files of every format to HU slices: DICOM, NIfTI, .npy (HU) and 16-bit PNG (value - 1024 = HU)."""
 
-import os
 import re
 from functools import lru_cache
 from pathlib import Path
@@ -9,12 +8,11 @@ import numpy as np
 from PIL import Image
 
 from datasets import dicom
-from datasets.series import LeftOut, Refused, Slice, refuse_on_error
+from datasets.series import Refused, Slice, refuse_on_error
 from utils.units import HU_RANGE
 
 NIFTI, ARRAYS = (".nii", ".nii.gz"), (".npy", ".png")
 BAD_NIFTI = "cannot be read as NIfTI; is it damaged?"
-COMPANIONS = {"LICENSE", "NOTICE", "README.md", "metadata.csv", "index.csv", "manifest.csv", "report.csv", ".DS_Store"}
 
 
 def resize_hu(hu: np.ndarray, size: int) -> np.ndarray:
@@ -47,12 +45,12 @@ def load(path: str) -> np.ndarray:
 def _open_nifti(path):
     import nibabel  # only these inputs need it, and it is slow to import
 
-    return nibabel.as_closest_canonical(nibabel.load(path))
+    return nibabel.as_closest_canonical(nibabel.load(path))  # axes run right, front, head; slices are head, back, left
 
 
 @refuse_on_error(BAD_NIFTI)
 def _load_nifti(path):
-    image = _open_nifti(path)  # axes run right, front, head; slices are (head, back, left)
+    image = _open_nifti(path)
     return np.asanyarray(image.dataobj).reshape(image.shape[:3])[::-1, ::-1].transpose(2, 1, 0)
 
 
@@ -102,13 +100,3 @@ def _scan_nifti(path):
     return [Slice(path, frame, number=frame, size=size, spacing=float(step[0]), warning=warning,
                   position=float(image.affine[2, 3] + frame * image.affine[2, 2]),
                   orientation=(*to_left, *to_back), corner=tuple(corner)) for frame, corner in enumerate(corners)]
-
-
-def examine(path: str) -> tuple[list[Slice], list[tuple[str, str, str]]]:
-    """`scan` that returns what is wrong as (path, status, reason) instead of raising it."""
-    try:
-        slices = scan(path)
-    except Refused as error:
-        verdict = LeftOut.verdict if os.path.basename(path) in COMPANIONS else error.verdict
-        return [], [(path, verdict, str(error))]
-    return slices, [(path, "warning", slices[0].warning)] if slices[0].warning else []
