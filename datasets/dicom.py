@@ -80,16 +80,12 @@ def read_hu(path: str) -> np.ndarray:
     """All slices of a DICOM file, in its order: (N, H, W) float32 HU in [-1024, 3071], standard axial orientation."""
     dataset, slices = _parse(path, with_pixels=True)
     with refuse_on_error("has pixels that cannot be decoded; is it truncated or damaged?"):
-        raw = dataset.pixel_array
+        raw = dataset.pixel_array  # without bits above BitsStored, which may hold overlays, and the sign extended
     raw = raw.reshape(-1, *raw.shape[-2:])
     if raw.shape != (len(slices), slices[0].size, slices[0].size):
         raise Refused(f"decodes to {raw.shape}, its header says {len(slices)} slices of {slices[0].size} pixels")
     padding = dataset.get("PixelPaddingValue")
     padding = padding if isinstance(padding, int) else None
-    if spare := 8 * raw.dtype.itemsize - dataset.BitsStored:
-        # Bits above BitsStored may hold overlays, or a sign that was not extended: shift them out, extend the sign.
-        # A padding value may itself lie above BitsStored: its pixels are left as they are, for to_hu to find.
-        raw = np.where(raw == padding, raw, (raw << spare) >> spare)
     return np.stack([standard_axial(to_hu(image, one.slope, one.intercept, padding), one.orientation)
                      for one, image in zip(slices, raw, strict=True)])
 
@@ -141,8 +137,7 @@ def _check_kind(dataset):
 
 
 def _is_lossy(dataset):
-    syntax = str(dataset.file_meta.TransferSyntaxUID)
-    return dataset.get("LossyImageCompression") == "01" or bool(LOSSY_SYNTAX.match(syntax))
+    return dataset.get("LossyImageCompression") == "01" or LOSSY_SYNTAX.match(str(dataset.file_meta.TransferSyntaxUID))
 
 
 def _check_pixels(path, dataset):

@@ -32,26 +32,20 @@ def resize_hu(hu: np.ndarray, size: int) -> np.ndarray:
     return np.rint(hu).astype(np.int16)
 
 
+def _open_nifti(path):
+    import nibabel  # only these inputs need it, and it is slow to import
+
+    return nibabel.as_closest_canonical(nibabel.load(path))  # axes run right, front, head
+
+
 @lru_cache(maxsize=1)  # the slices of a volume are asked for one after the other
 def load(path: str) -> np.ndarray:
     """All slices of a file of any format: (N, H, W) HU, not yet clipped. Raises Refused or LeftOut."""
     if path.lower().endswith(NIFTI):
-        return _load_nifti(path)
-    if path.lower().endswith(ARRAYS):
-        return _load_array(path)
-    return dicom.read_hu(path)
-
-
-def _open_nifti(path):
-    import nibabel  # only these inputs need it, and it is slow to import
-
-    return nibabel.as_closest_canonical(nibabel.load(path))  # axes run right, front, head; slices are head, back, left
-
-
-@refuse_on_error(BAD_NIFTI)
-def _load_nifti(path):
-    image = _open_nifti(path)
-    return np.asanyarray(image.dataobj).reshape(image.shape[:3])[::-1, ::-1].transpose(2, 1, 0)
+        with refuse_on_error(BAD_NIFTI):
+            image = _open_nifti(path)
+            return np.asanyarray(image.dataobj).reshape(image.shape[:3])[::-1, ::-1].transpose(2, 1, 0)
+    return _load_array(path) if path.lower().endswith(ARRAYS) else dicom.read_hu(path)
 
 
 @refuse_on_error("cannot be read; is it truncated or damaged?")

@@ -47,10 +47,9 @@ class Output:
 
 
 def split_patients(patients: list[str], split: list[str], seed: int) -> dict[str, str]:
-    """{patient: train, val or test}, by three fractions or lists `train=A,B` (`*`: all others).
+    """{patient: train, val or test}, by three fractions or lists `train=A,B` (`*`: all others). Raises InputError.
 
     With fractions the order is a hash of (seed, patient), and a part that is wanted gets a patient if there are enough.
-    Raises InputError for any other split, and for names that no patient has.
     """
     named = dict(item.partition("=")[::2] for item in split)
     if set(named) <= set(SPLITS) and len(named) == len(split):

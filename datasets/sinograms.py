@@ -59,25 +59,21 @@ def read_sinograms(path: Path, dataset: str | None = None):
         with refuse_on_error("is no whole .npy array"):
             array = np.load(path, mmap_mode="r", allow_pickle=False)
     elif path.suffix.lower() in (".h5", ".hdf5"):
-        array = _open_h5(path, dataset)
+        import h5py  # only these files need it
+
+        with refuse_on_error("is no whole HDF5 file"):
+            found = {}
+            h5py.File(path).visititems(lambda name, item: found.update({name: item} if hasattr(item, "ndim") else {}))
+        names = [dataset.strip("/")] if dataset else [name for name, item in found.items() if item.ndim in (2, 3)]
+        if len(names) != 1 or names[0] not in found:
+            raise Refused(f"holds the arrays {', '.join(sorted(found)) or '(none)'}; name the sinogram by --dataset")
+        array = found[names[0]]
     else:
         raise Refused("is no sinogram this program reads (.npy, .h5, or a folder of DICOM-CT-PD files)")
     if array.ndim not in (2, 3) or array.dtype.kind not in "iuf" or 0 in array.shape:
         raise Refused(f"holds {array.dtype} of shape {array.shape}; expected line integrals, (views, bins) or "
                       "(N, views, bins)")
     return array if array.ndim == 3 else array[:][None], {}
-
-
-@refuse_on_error("is no whole HDF5 file")
-def _open_h5(path, dataset):
-    import h5py  # only these files need it
-
-    file, found = h5py.File(path, "r"), {}
-    file.visititems(lambda name, item: found.update({name: item}) if isinstance(item, h5py.Dataset) else None)
-    fitting = [name for name, item in found.items() if item.ndim in (2, 3)] if dataset is None else [dataset.strip("/")]
-    if len(fitting) != 1 or fitting[0] not in found:
-        raise Refused(f"holds the arrays {', '.join(sorted(found)) or '(none)'}; name the sinogram by --dataset")
-    return found[fitting[0]]
 
 
 @refuse_on_error("cannot be parsed as DICOM; is it damaged?")
