@@ -168,8 +168,7 @@ def find_series(path: Path, out: Path, number: int | None = None) -> tuple[list[
     """
     slices, shown, problems = read_headers([str(path)], out, workers=1)
     slices = name_patients(_with_manifest(slices))
-    groups = group_series(slices)
-    hide = pseudonymizer(slices, keep=False)
+    groups, hide = group_series(slices), pseudonymizer(slices, keep=False)
     if not groups:
         reasons = "; ".join(f"{hide(shown.get(name, name))} {reason}" for name, _, reason in problems[:3])
         raise InputError(f"{path} holds no slices that can be used" + f" ({reasons})" * bool(reasons) + ".")

@@ -65,10 +65,9 @@ def standard_corner(one: Slice) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     along_columns, along_rows = np.reshape(one.orientation, (2, 3))
     if abs(along_columns[1]) > abs(along_columns[0]):
         along_columns, along_rows = along_rows, along_columns
-    turn_columns, turn_rows = along_columns[0] < 0, along_rows[1] < 0
-    side = one.spacing * (one.size - 1)
-    corner = np.array(one.corner) + (turn_columns * along_columns + turn_rows * along_rows) * side
-    return along_columns * (-1 if turn_columns else 1), along_rows * (-1 if turn_rows else 1), corner
+    columns, rows = along_columns * np.sign(along_columns[0]), along_rows * np.sign(along_rows[1])
+    turned = (along_columns - columns + along_rows - rows) / 2  # axes that change their direction
+    return columns, rows, one.corner + turned * (one.spacing * (one.size - 1))
 
 
 def read_header(path: str) -> list[Slice]:
@@ -80,7 +79,7 @@ def read_hu(path: str) -> np.ndarray:
     """All slices of a DICOM file, in its order: (N, H, W) float32 HU in [-1024, 3071], standard axial orientation."""
     dataset, slices = _parse(path, with_pixels=True)
     with refuse_on_error("has pixels that cannot be decoded; is it truncated or damaged?"):
-        raw = dataset.pixel_array  # without bits above BitsStored, which may hold overlays, and the sign extended
+        raw = dataset.pixel_array  # pydicom drops bits above BitsStored, which may hold overlays, and extends the sign
     raw = raw.reshape(-1, *raw.shape[-2:])
     if raw.shape != (len(slices), slices[0].size, slices[0].size):
         raise Refused(f"decodes to {raw.shape}, its header says {len(slices)} slices of {slices[0].size} pixels")

@@ -43,7 +43,7 @@ def load(path: str) -> np.ndarray:
     """All slices of a file of any format: (N, H, W) HU, not yet clipped. Raises Refused or LeftOut."""
     if path.lower().endswith(NIFTI):
         with refuse_on_error(BAD_NIFTI):
-            image = _open_nifti(path)
+            image = _open_nifti(path)  # slices are (head, back, left)
             return np.asanyarray(image.dataobj).reshape(image.shape[:3])[::-1, ::-1].transpose(2, 1, 0)
     return _load_array(path) if path.lower().endswith(ARRAYS) else dicom.read_hu(path)
 

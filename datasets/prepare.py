@@ -19,7 +19,7 @@ from collections import Counter, defaultdict
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from itertools import groupby
+from itertools import chain, groupby
 from pathlib import Path
 
 import numpy as np
@@ -157,8 +157,8 @@ def write_all(outputs: list[Output], out: Path, shown: dict[str, str], options: 
 
 
 def _convert_all(outputs, out, size, volumes, workers):
-    # Yields (output, what `convert` says of it).
-    groups = defaultdict(list)  # one file's slices go together: it is decoded once
+    # Yields (output, what `convert` says of it). One file's slices go together: it is decoded once.
+    groups = defaultdict(list)
     for one in outputs:
         (out / one.folder).mkdir(exist_ok=True)
         groups[one.name if volumes else one.slices[0].path].append(one)
@@ -178,9 +178,9 @@ def plan_outputs(slices: list[Slice], part_of: dict[str, str], volumes: bool,
     """
     outputs, problems = [], []
     for patient, groups in groupby(group_series(slices), key=lambda group: group[0].patient):
-        found = [order_series(group) for group in groups]
-        problems += [problem for _, notes in found for problem in notes]
-        ordered = [kept for kept, _ in found if kept] if volumes else [[one] for kept, _ in found for one in kept]
+        series, notes = zip(*map(order_series, groups), strict=True)
+        problems += chain(*notes)
+        ordered = series if volumes else [[one] for one in chain(*series)]
         if patient not in part_of:
             problems += [(group[0].path, "left out", "is of a patient in no list of --split") for group in ordered]
             continue

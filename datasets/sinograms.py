@@ -30,7 +30,7 @@ FIELDS = {"pitch": 0x70291002, "shape": 0x7029100B, "rows": 0x70291010, "columns
           "z": 0x70311002, "source": 0x70311003, "span": 0x70311031, "centre": 0x70311033, "water": 0x70411001,
           "shift_angle": 0x7033100B, "shift_radius": 0x7033100D}
 OPTIONAL = ("water", "shift_angle", "shift_radius", "z")
-TEXT = ("shape", "water")  # of the fields; rows and columns are 16-bit integers, all others float32
+TEXT = ("shape", "water")  # rows and columns are 16-bit integers, all other fields float32
 SHAPES = {"FLAT": "flat", "CYLINDRICAL": "curved"}
 
 
@@ -91,14 +91,16 @@ def _value(view, name):
         raise Refused(f"lacks the tag {tag} of the DICOM-CT-PD format")
     value = view[tag].value
     if isinstance(value, bytes):
-        value = (value.decode("ascii", "replace") if name in TEXT
-                 else np.frombuffer(value, "<u2" if name in ("rows", "columns") else "<f4"))
+        kind = "<u2" if name in ("rows", "columns") else "<f4"
+        value = value.decode("ascii", "replace") if name in TEXT else np.frombuffer(value, kind)
+    if isinstance(value, str):
+        value = value.strip("\0 ")
     if name == "shape":
-        return str(value).strip("\0 ").upper()
-    values = [float(x.strip("\0 ") if isinstance(x, str) else x) for x in np.atleast_1d(value)]
+        return str(value).upper()
+    values = np.atleast_1d(value).astype(float)
     if not np.isfinite(values).all():
-        raise Refused(f"has {values} in the tag {tag}; expected finite numbers")
-    return values[0]
+        raise Refused(f"has {values.tolist()} in the tag {tag}; expected finite numbers")
+    return float(values[0])
 
 
 @refuse_on_error("cannot be read as a DICOM-CT-PD view")
