@@ -18,15 +18,16 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from datasets.formats import examine
+from datasets.formats import scan
 from datasets.privacy import pseudonymizer
-from datasets.series import Slice, order_series
+from datasets.series import LeftOut, Problem, Refused, Slice, order_series
 from datasets.slices import patient_of, patients_of, read_manifest
 from utils.errors import InputError
 
 LIMIT = 300  # seconds a file: a decoder that takes longer hangs
 DIED = "crashed its reader, or kept it busy for over five minutes"
 MOST_WORKERS = 64  # each takes eight open files, and many systems allow 1024
+COMPANIONS = {"LICENSE", "NOTICE", "README.md", "metadata.csv", "index.csv", "manifest.csv", "report.csv", ".DS_Store"}
 
 
 @contextmanager
@@ -48,12 +49,14 @@ def parallel(function, tasks: list, workers: int, title: str, chunk: int = 8) ->
     """
     workers = min(workers, MOST_WORKERS)
     chunk = max(1, min(chunk, len(tasks) // (4 * workers)))
+    context = multiprocessing.get_context("spawn" if os.name == "nt" else "forkserver")
+    context.set_forkserver_preload(["datasets.archive", "utils.cli"])  # a process starts in milliseconds
     own = threading.local()  # a process a thread: it is clear whose tasks killed it, and the other processes go on
 
     def run(part):
         try:
             if not hasattr(own, "process"):
-                own.process = processes.enter_context(_process())
+                own.process = processes.enter_context(ProcessPoolExecutor(1, context, initializer=_begin))
             return list(own.process.map(function, part, chunksize=len(part)))
         except BrokenProcessPool:
             own.process.shutdown()
@@ -69,12 +72,6 @@ def parallel(function, tasks: list, workers: int, title: str, chunk: int = 8) ->
     return results
 
 
-def _process():
-    context = multiprocessing.get_context("spawn" if os.name == "nt" else "forkserver")
-    context.set_forkserver_preload(["datasets.archive", "utils.cli"])  # a process starts in milliseconds
-    return ProcessPoolExecutor(1, context, initializer=_begin)
-
-
 def _begin():
     # Ctrl-C reaches all processes: the parent waits until the others have done what they are at. A parent that is
     # killed cannot tell them to end, so they watch it.
@@ -82,13 +79,18 @@ def _begin():
     threading.Thread(target=lambda: (multiprocessing.parent_process().join(), os._exit(1)), daemon=True).start()
 
 
-def examine_in_time(path: str) -> tuple[list[Slice], list[tuple[str, str, str]]]:
-    """`examine` within the time limit."""
-    with time_limit():
-        return examine(path)
+@time_limit()
+def examine(path: str) -> tuple[list[Slice], list[Problem]]:
+    """The slices of a file, and what is wrong with it."""
+    try:
+        slices = scan(path)
+    except Refused as error:
+        verdict = LeftOut.verdict if os.path.basename(path) in COMPANIONS else error.verdict
+        return [], [(path, verdict, str(error))]
+    return slices, [(path, "warning", slices[0].warning)] if slices[0].warning else []
 
 
-def find_files(inputs: list[str], out: Path) -> tuple[dict[str, str], list[tuple[str, str, str]]]:
+def find_files(inputs: list[str], out: Path) -> tuple[dict[str, str], list[Problem]]:
     """All files below the inputs but not below `out`: ({path: path from the input's parent}, problems).
 
     Links are followed; one that leads back to a folder already read is refused, so loops end.
@@ -116,11 +118,11 @@ def find_files(inputs: list[str], out: Path) -> tuple[dict[str, str], list[tuple
     return dict(sorted(files.items())), problems
 
 
-def read_headers(inputs: list[str], out: Path, workers: int) -> tuple[list[Slice], dict[str, str], list]:
-    """(slices, {path: how it is shown}, problems as (path, status, reason)) of all files below the inputs."""
+def read_headers(inputs: list[str], out: Path, workers: int) -> tuple[list[Slice], dict[str, str], list[Problem]]:
+    """(slices, {path: how it is shown}, problems) of all files below the inputs."""
     files, problems = find_files(inputs, out)
     slices = []
-    for path, found in zip(files, parallel(examine_in_time, list(files), workers, "Reading headers"), strict=True):
+    for path, found in zip(files, parallel(examine, list(files), workers, "Reading headers"), strict=True):
         more, notes = found or ([], [(path, "refused", DIED)])
         slices += more
         problems += notes
@@ -159,16 +161,14 @@ def group_series(slices: list[Slice]) -> list[list[Slice]]:
     return [list(group) for _, group in groupby(sorted(slices, key=key), key)]
 
 
-def find_series(path: Path, out: Path, number: int | None = None) -> tuple[list[Slice], list[str], list[tuple]]:
-    """(slices from feet to head, how each is called in messages, problems as (name, status, reason)).
+def find_series(path: Path, out: Path, number: int | None = None) -> tuple[list[Slice], list[str], list[Problem]]:
+    """(slices from feet to head, how each is called in messages, problems, with these names) of one series.
 
-    number: which of several series, from 1. Files below `out` are not read. Raises InputError where there is no
-    series, or several and no number.
+    number: which of several, from 1. Files below `out` are not read. Raises InputError where no series is chosen.
     """
     slices, shown, problems = read_headers([str(path)], out, workers=1)
     slices = name_patients(_with_manifest(slices))
-    groups = group_series(slices)
-    hide = pseudonymizer(slices, keep=False)
+    groups, hide = group_series(slices), pseudonymizer(slices, keep=False)
     if not groups:
         reasons = "; ".join(f"{hide(shown.get(name, name))} {reason}" for name, _, reason in problems[:3])
         raise InputError(f"{path} holds no slices that can be used" + f" ({reasons})" * bool(reasons) + ".")
@@ -187,9 +187,9 @@ def _with_manifest(slices: list[Slice]) -> list[Slice]:
     told = {(folder / row["file"], int(row.get("index") or 0)): row
             for folder in folders for row in read_manifest(folder)}
 
-    def number(one, column):
-        value = told.get((Path(one.path), one.frame), {}).get(column)
-        return float(value) if value else None
+    def fill(one):
+        row = told.get((Path(one.path), one.frame), {})
+        spacing, position = (float(row[key]) if row.get(key) else None for key in ("spacing_mm", "position"))
+        return replace(one, spacing=spacing, position=position)
 
-    return [one if one.spacing is not None else replace(
-        one, spacing=number(one, "spacing_mm"), position=number(one, "position")) for one in slices]
+    return [fill(one) if one.spacing is None else one for one in slices]

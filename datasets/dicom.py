@@ -1,8 +1,7 @@
 """DICOM CT files to HU slices in the standard axial orientation.
 
-Everything here is a function of the file alone: `read_header` says what a file holds, `read_hu` gives its slices. A
-file that cannot be used raises `Refused` (it is bad) or `LeftOut` (it is fine but not a CT slice: a localiser, a
-derived image). Reasons never quote text fields, which may hold a patient's name.
+`read_header` says what a file holds, `read_hu` gives its slices. Both raise `Refused` for a bad file and `LeftOut` for
+one that is no CT slice (a localiser, a derived image). Reasons never quote text fields: these may name a patient.
 """
 
 import math
@@ -20,15 +19,14 @@ from utils.units import HU_RANGE
 MAX_SIDE = 4096  # no scanner writes more; a damaged header can claim 65535 and ask for gigabytes
 CMS_ENVELOPE = bytes.fromhex("06092a864886f70d010703")  # object identifier that opens a Secure DICOM file
 MODALITIES = "CR DX KO MG MR NM OT PR PT REG RTDOSE RTIMAGE RTPLAN RTSTRUCT SC SEG SR US XA".split()
-LOCALISERS = {"LOCALIZER", "SCOUT", "TOPOGRAM"}
 LOSSY_SYNTAX = re.compile(r"1\.2\.840\.10008\.1\.2\.4\.(5[01]|81|91|93|203)$")
 
 
 def to_hu(stored: np.ndarray, slope: float, intercept: float, padding: int | None = None) -> np.ndarray:
-    """Stored values to HU = slope * stored + intercept, clipped to [-1024, 3071].
+    """Stored integers (H, W) to float32 HU = slope * stored + intercept, clipped to [-1024, 3071].
 
-    stored: (H, W) integers. Returns (H, W) float32. What scanners write outside the scan circle lies below -1024 and
-    becomes air by the clip. A padding value above the range would become metal by it, so it is set to air.
+    What scanners write outside the scan circle lies below -1024 and becomes air by the clip. A padding value above the
+    range would become metal by it, so it is set to air.
     """
     hu = stored.astype(np.float32)
     hu *= slope
@@ -54,7 +52,7 @@ def check_axial(orientation) -> None:
 def standard_axial(image: np.ndarray, orientation) -> np.ndarray:
     """An axial image (H, W) turned so that columns run to the patient's left and rows to the back.
 
-    orientation: ImageOrientationPatient, the directions (left, back, head) of growing column and growing row index.
+    orientation: ImageOrientationPatient, the directions of growing column and row index, each as (left, back, head).
     """
     along_columns, along_rows = np.reshape(orientation, (2, 3))
     if abs(along_columns[1]) > abs(along_columns[0]):
@@ -67,47 +65,34 @@ def standard_corner(one: Slice) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     along_columns, along_rows = np.reshape(one.orientation, (2, 3))
     if abs(along_columns[1]) > abs(along_columns[0]):
         along_columns, along_rows = along_rows, along_columns
-    turn_columns, turn_rows = along_columns[0] < 0, along_rows[1] < 0
-    side = one.spacing * (one.size - 1)
-    corner = np.array(one.corner) + (turn_columns * along_columns + turn_rows * along_rows) * side
-    return along_columns * (-1 if turn_columns else 1), along_rows * (-1 if turn_rows else 1), corner
+    columns, rows = along_columns * np.sign(along_columns[0]), along_rows * np.sign(along_rows[1])
+    turned = (along_columns - columns + along_rows - rows) / 2  # axes that change their direction
+    return columns, rows, one.corner + turned * (one.spacing * (one.size - 1))
 
 
 def read_header(path: str) -> list[Slice]:
-    """The slices (one a frame) that a DICOM file holds, without reading pixels. Raises Refused or LeftOut."""
+    """The slices that a DICOM file holds, one a frame, without reading pixels."""
     return _parse(path, with_pixels=False)[1]
 
 
 def read_hu(path: str) -> np.ndarray:
-    """All slices of a DICOM file: (frames, H, W) float32 HU in [-1024, 3071], standard axial orientation.
-
-    Slices are in the order of the file. Raises Refused or LeftOut.
-    """
+    """All slices of a DICOM file, in its order: (N, H, W) float32 HU in [-1024, 3071], standard axial orientation."""
     dataset, slices = _parse(path, with_pixels=True)
     with refuse_on_error("has pixels that cannot be decoded; is it truncated or damaged?"):
-        raw = dataset.pixel_array
+        raw = dataset.pixel_array  # pydicom drops bits above BitsStored, which may hold overlays, and extends the sign
     raw = raw.reshape(-1, *raw.shape[-2:])
     if raw.shape != (len(slices), slices[0].size, slices[0].size):
         raise Refused(f"decodes to {raw.shape}, its header says {len(slices)} slices of {slices[0].size} pixels")
     padding = dataset.get("PixelPaddingValue")
     padding = padding if isinstance(padding, int) else None
-    spare = 8 * raw.dtype.itemsize - dataset.BitsStored
-    if spare:
-        # Bits above BitsStored may hold overlays, or a sign that was not extended: shift them out, extend the sign.
-        # A padding value may itself lie above BitsStored: its pixels are left as they are, for to_hu to find.
-        raw = np.where(raw == padding, raw, (raw << spare) >> spare)
-    frames = [to_hu(image, one.slope, one.intercept, padding) for one, image in zip(slices, raw, strict=True)]
-    return np.stack([standard_axial(hu, one.orientation) for one, hu in zip(slices, frames, strict=True)])
+    return np.stack([standard_axial(to_hu(image, one.slope, one.intercept, padding), one.orientation)
+                     for one, image in zip(slices, raw, strict=True)])
 
 
 @refuse_on_error("cannot be parsed as DICOM; is it damaged?")
 @pydicom.config.disable_value_validation()
 def _parse(path, with_pixels):
-    dataset = _dataset(path, with_pixels)
-    return dataset, _slices(path, dataset)
-
-
-def _dataset(path, with_pixels):
+    # (pydicom's dataset, its slices)
     with open(path, "rb") as file:
         head = file.read(132)
     if not head:
@@ -122,12 +107,8 @@ def _dataset(path, with_pixels):
     if "TransferSyntaxUID" not in dataset.file_meta:
         implicit = dataset.original_encoding[0]
         dataset.file_meta.TransferSyntaxUID = ImplicitVRLittleEndian if implicit else ExplicitVRLittleEndian
-    return dataset
-
-
-def _slices(path, dataset):
     _check_kind(dataset)
-    _check_pixel_format(path, dataset)
+    frames = _check_pixels(path, dataset)
     patient = next((text for key in ("PatientID", "PatientName", "StudyInstanceUID", "SeriesInstanceUID")
                     if (text := str(dataset.get(key) or "").strip())), None)
     if patient is None or not dataset.get("SeriesInstanceUID"):
@@ -135,7 +116,7 @@ def _slices(path, dataset):
     # A word of a name is hidden from two letters on, a number only from four: shorter ones are in every file name.
     words = [str(dataset.get("PatientID") or ""), *re.split(r"[\^=\s]+", str(dataset.get("PatientName") or ""))]
     names = tuple(word for word in words if len(word) >= (2 if word.isalpha() else 4))
-    return [_slice(path, dataset, frame, patient, names) for frame in range(int(dataset.get("NumberOfFrames") or 1))]
+    return dataset, [_slice(path, dataset, frame, patient, names) for frame in range(frames)]
 
 
 def _check_kind(dataset):
@@ -147,7 +128,7 @@ def _check_kind(dataset):
         raise Refused(f"has {f'modality {modality}' if modality in MODALITIES else 'no known modality'}, expected CT")
     kind = dataset.get("ImageType") or []
     kind = {str(word).upper() for word in ([kind] if isinstance(kind, str) else kind)}
-    if kind & LOCALISERS:
+    if kind & {"LOCALIZER", "SCOUT", "TOPOGRAM"}:
         raise LeftOut("is a localiser")
     # Lossy compression alone makes an image DERIVED too; that one is still an axial slice and is kept, with a warning.
     if "SECONDARY" in kind or ("DERIVED" in kind and not _is_lossy(dataset)):
@@ -155,19 +136,18 @@ def _check_kind(dataset):
 
 
 def _is_lossy(dataset):
-    syntax = str(dataset.file_meta.TransferSyntaxUID)
-    return dataset.get("LossyImageCompression") == "01" or bool(LOSSY_SYNTAX.match(syntax))
+    return dataset.get("LossyImageCompression") == "01" or LOSSY_SYNTAX.match(str(dataset.file_meta.TransferSyntaxUID))
 
 
-def _check_pixel_format(path, dataset):
-    keywords = ("Rows", "Columns", "BitsAllocated", "BitsStored", "HighBit")
-    rows, columns, allocated, stored, high = values = [dataset.get(keyword) or 0 for keyword in keywords]
+def _check_pixels(path, dataset):
+    # Returns the number of frames.
+    rows, columns, allocated, stored, high = values = [
+        dataset.get(keyword) or 0 for keyword in ("Rows", "Columns", "BitsAllocated", "BitsStored", "HighBit")]
     if not rows or not columns:
         raise Refused("holds no image (no Rows or Columns)")
     if not all(isinstance(value, int) for value in values):
         raise Refused("has a number of rows, columns or bits that is not one number; is it damaged?")
-    grey = str(dataset.get("PhotometricInterpretation")).startswith("MONOCHROME")
-    if dataset.get("SamplesPerPixel", 1) != 1 or not grey:
+    if dataset.get("SamplesPerPixel", 1) != 1 or "MONOCHROME" not in str(dataset.get("PhotometricInterpretation")):
         raise Refused("is a colour image; one grey channel of HU is expected")
     if rows != columns or rows > MAX_SIDE:
         raise Refused(f"is {rows} x {columns} pixels, expected square and at most {MAX_SIDE}: pad or crop it first")
@@ -185,6 +165,7 @@ def _check_pixel_format(path, dataset):
     there = pixels.length if syntax.is_deflated else min(pixels.length, os.path.getsize(path) - pixels.value_tell)
     if not syntax.is_compressed and there < needed:
         raise Refused(f"is truncated: it holds {there} bytes of pixels of {needed}")
+    return frames
 
 
 def _slice(path, dataset, frame, patient, names):
@@ -211,12 +192,11 @@ def _slice(path, dataset, frame, patient, names):
     position = np.dot(corner, normal * np.sign(normal[2]))
     kernel = _find(dataset, frame, "CTReconstructionSequence", "ConvolutionKernel") or ""
     kernel = kernel if isinstance(kernel, str) else "/".join(map(str, kernel))
-    return Slice(
-        path=path, frame=frame, patient=patient, series=str(dataset.SeriesInstanceUID), names=names,
-        position=float(position), number=int(dataset.get("InstanceNumber") or 0), size=int(dataset.Rows),
-        spacing=spacing[0], slope=slope, intercept=intercept, orientation=tuple(orientation), corner=tuple(corner),
-        kernel=re.sub(r"[^\w .,/+-]", "", kernel)[:32],
-        warning="was compressed with loss; kept" if _is_lossy(dataset) else "")
+    return Slice(path, frame, patient, series=str(dataset.SeriesInstanceUID), position=float(position),
+                 number=int(dataset.get("InstanceNumber") or 0), size=int(dataset.Rows), spacing=spacing[0],
+                 kernel=re.sub(r"[^\w .,/+-]", "", kernel)[:32], names=names, slope=slope, intercept=intercept,
+                 warning="was compressed with loss; kept" if _is_lossy(dataset) else "",
+                 orientation=tuple(orientation), corner=tuple(corner))
 
 
 def _find(dataset, frame, group, keyword):

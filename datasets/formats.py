@@ -1,6 +1,5 @@
 """Files of every format to HU slices: DICOM, NIfTI, .npy (HU) and 16-bit PNG (value - 1024 = HU)."""
 
-import os
 import re
 from functools import lru_cache
 from pathlib import Path
@@ -9,12 +8,11 @@ import numpy as np
 from PIL import Image
 
 from datasets import dicom
-from datasets.series import LeftOut, Refused, Slice, refuse_on_error
+from datasets.series import Refused, Slice, refuse_on_error
 from utils.units import HU_RANGE
 
 NIFTI, ARRAYS = (".nii", ".nii.gz"), (".npy", ".png")
 BAD_NIFTI = "cannot be read as NIfTI; is it damaged?"
-COMPANIONS = {"LICENSE", "NOTICE", "README.md", "metadata.csv", "index.csv", "manifest.csv", "report.csv", ".DS_Store"}
 
 
 def resize_hu(hu: np.ndarray, size: int) -> np.ndarray:
@@ -34,26 +32,20 @@ def resize_hu(hu: np.ndarray, size: int) -> np.ndarray:
     return np.rint(hu).astype(np.int16)
 
 
+def _open_nifti(path):
+    import nibabel  # only these inputs need it, and it is slow to import
+
+    return nibabel.as_closest_canonical(nibabel.load(path))  # axes run right, front, head
+
+
 @lru_cache(maxsize=1)  # the slices of a volume are asked for one after the other
 def load(path: str) -> np.ndarray:
     """All slices of a file of any format: (N, H, W) HU, not yet clipped. Raises Refused or LeftOut."""
     if path.lower().endswith(NIFTI):
-        return _load_nifti(path)
-    if path.lower().endswith(ARRAYS):
-        return _load_array(path)
-    return dicom.read_hu(path)
-
-
-def _open_nifti(path):
-    import nibabel  # only these inputs need it, and it is slow to import
-
-    return nibabel.as_closest_canonical(nibabel.load(path))
-
-
-@refuse_on_error(BAD_NIFTI)
-def _load_nifti(path):
-    image = _open_nifti(path)  # axes run right, front, head; slices are (head, back, left)
-    return np.asanyarray(image.dataobj).reshape(image.shape[:3])[::-1, ::-1].transpose(2, 1, 0)
+        with refuse_on_error(BAD_NIFTI):
+            image = _open_nifti(path)  # slices are (head, back, left)
+            return np.asanyarray(image.dataobj).reshape(image.shape[:3])[::-1, ::-1].transpose(2, 1, 0)
+    return _load_array(path) if path.lower().endswith(ARRAYS) else dicom.read_hu(path)
 
 
 @refuse_on_error("cannot be read; is it truncated or damaged?")
@@ -102,13 +94,3 @@ def _scan_nifti(path):
     return [Slice(path, frame, number=frame, size=size, spacing=float(step[0]), warning=warning,
                   position=float(image.affine[2, 3] + frame * image.affine[2, 2]),
                   orientation=(*to_left, *to_back), corner=tuple(corner)) for frame, corner in enumerate(corners)]
-
-
-def examine(path: str) -> tuple[list[Slice], list[tuple[str, str, str]]]:
-    """`scan` that returns what is wrong as (path, status, reason) instead of raising it."""
-    try:
-        slices = scan(path)
-    except Refused as error:
-        verdict = LeftOut.verdict if os.path.basename(path) in COMPANIONS else error.verdict
-        return [], [(path, verdict, str(error))]
-    return slices, [(path, "warning", slices[0].warning)] if slices[0].warning else []

@@ -18,10 +18,8 @@ def load_slices(data, val_fraction: float, val_slices: int, seed: int, multiple:
     val_slices: how many validate, spread evenly over theirs; 0: all.
     """
     train = find_slices(data, "train")
-    if train[0].parent != Path(data):
-        val = find_slices(data, "val")
-    else:
-        train, val = split_by_patient(train, val_fraction, seed)
+    one_folder = train[0].parent == Path(data)
+    train, val = split_by_patient(train, val_fraction, seed) if one_folder else (train, find_slices(data, "val"))
     splits, prints = [], []
     for files in (train, val):
         files, hu = read_slices(files, multiple, strict)

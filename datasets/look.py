@@ -23,14 +23,19 @@ NAMES = ("air", "lung", "fat", "water", "soft tissue", "contrast, spongy bone", 
 WINDOW = (-1000, 1000)  # HU shown black and white on the sheet
 
 
-def oddities(hu: np.ndarray) -> list[str]:
-    """What is suspicious about an array of HU, each in a few words."""
-    if hu.dtype.kind not in "iuf" or hu.ndim not in (2, 3) or hu.shape[-1] != hu.shape[-2] or not hu.size:
-        return [f"is {hu.dtype} of shape {hu.shape}; expected square HU slices"]
+def read_array(path: Path) -> tuple[np.ndarray | None, list[str]]:
+    """(the array, or None where it is none of HU; what is suspicious about it, in a few words each)."""
+    try:
+        hu = np.load(path, mmap_mode="r", allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        return None, [f"cannot be read ({type(error).__name__})"]
+    usable = hu.dtype.kind in "iuf" and hu.ndim in (2, 3) and hu.size
+    if not usable or hu.shape[-1] != hu.shape[-2]:
+        return hu if usable else None, [f"is {hu.dtype} of shape {hu.shape}; expected square HU slices"]
     if not np.isfinite(hu).all():
-        return ["holds NaN or infinity"]
+        return hu, ["holds NaN or infinity"]
     low, high = hu.min(), hu.max()
-    return [text for odd, text in (
+    return hu, [text for odd, text in (
         (hu.shape[-1] % 8, f"is {hu.shape[-1]} pixels wide, which the network (multiples of 8) does not take"),
         (low < HU_RANGE[0] or high > HU_RANGE[1], f"reaches from {low} to {high} HU, beyond {HU_RANGE}"),
         (low == high, f"is {low} HU everywhere"),
@@ -39,31 +44,22 @@ def oddities(hu: np.ndarray) -> list[str]:
     ) if odd]
 
 
-def read_array(path: Path) -> tuple[np.ndarray | None, list[str]]:
-    """(the array, or None where it is none of HU; what is suspicious about it, in a few words each)."""
-    try:
-        hu = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
-        return None, [f"cannot be read ({type(error).__name__})"]
-    return hu if hu.dtype.kind in "iuf" and hu.ndim in (2, 3) and hu.size else None, oddities(hu)
-
-
-def check_manifest(folder: Path, rows: dict[str, dict[str, str]], digests: dict[str, str]) -> list[str]:
-    """What is odd about the rows {file: row} of a manifest, if there are any, beside the files' {file: sha256}."""
+def check_manifest(folder: Path, rows: dict[str, dict[str, str]], found: list[tuple[Path, str, str]]) -> list[str]:
+    """What is odd about a manifest's {file: row}, if it has any, beside the files' (path, patient, sha256)."""
     odd = [f"{name} of manifest.csv is not there" for name in rows if not (folder / name).exists()]
     odd += [f"{name} has a pixel spacing of {row['spacing_mm']} mm" for name, row in rows.items()
             if row.get("spacing_mm") and not 0.1 <= float(row["spacing_mm"]) <= 4]
-    for name, digest in digests.items() if rows else ():
-        if name not in rows:
-            odd.append(f"{name} is not in manifest.csv")
-        elif rows[name].get("sha256", digest) != digest:
-            odd.append(f"{name} differs from the hash in manifest.csv: it was changed")
+    for path, _, digest in found if rows else ():
+        if path.name not in rows:
+            odd.append(f"{path.name} is not in manifest.csv")
+        elif rows[path.name].get("sha256", digest) != digest:
+            odd.append(f"{path.name} differs from the hash in manifest.csv: it was changed")
     return odd
 
 
-def look(folder: Path) -> tuple[list[str], list[tuple[str, str, str]], list[np.ndarray]]:
-    """Print the statistics of one folder; returns (what is odd, (folder/file, patient, sha256), 8 slices to draw)."""
-    files, odd, found, chosen, digests = sorted(folder.glob("[!.]*.npy")), [], [], [], {}
+def look(folder: Path) -> tuple[list[str], list[tuple[Path, str, str]], list[np.ndarray]]:
+    """Print the statistics of one folder; returns (what is odd, (path, patient, sha256) of files, 8 slices to draw)."""
+    files, odd, found, chosen = sorted(folder.glob("[!.]*.npy")), [], [], []
     sizes, slices, counts = Counter(), Counter(), np.zeros(len(NAMES), int)
     wanted = set(np.linspace(0, len(files) - 1, 8).astype(int).tolist())
     for index, (path, patient) in enumerate(tqdm(list(zip(files, patients_of(files), strict=True)), disable=None)):
@@ -71,8 +67,7 @@ def look(folder: Path) -> tuple[list[str], list[tuple[str, str, str]], list[np.n
         odd += [f"{path.name} {reason}" for reason in reasons]
         if hu is None:
             continue
-        digests[path.name] = hashlib.sha256(path.read_bytes()).hexdigest()
-        found.append((f"{folder.name}/{path.name}", patient, digests[path.name]))
+        found.append((path, patient, hashlib.sha256(path.read_bytes()).hexdigest()))
         slices[patient] += len(hu) if hu.ndim == 3 else 1
         sizes[f"{hu.shape[-2]} x {hu.shape[-1]} {hu.dtype}"] += 1
         counts += np.histogram(np.clip(hu, *HU_RANGE), BANDS)[0]
@@ -80,33 +75,27 @@ def look(folder: Path) -> tuple[list[str], list[tuple[str, str, str]], list[np.n
             chosen.append(np.asarray(hu[len(hu) // 2] if hu.ndim == 3 else hu, np.float32))
     rows = {row["file"]: row for row in reversed(read_manifest(folder))}  # of a volume, the row of its first slice
     print(f"\n{folder}: {slices.total()} slices in {len(files)} files of {len(slices)} patients")
-    spacings = [float(row["spacing_mm"]) for row in rows.values() if row.get("spacing_mm")]
-    print_statistics(slices, sizes, spacings, counts)
-    odd = [f"{folder.name}/{line}" for line in odd + check_manifest(folder, rows, digests)]
-    return odd + [f"{folder.name} mixes sizes or types: {', '.join(sizes)}"] * (len(sizes) > 1), found, chosen
-
-
-def print_statistics(slices: Counter, sizes: Counter, spacings: list[float], counts: np.ndarray) -> None:
-    """Print {patient: slices}, {size: files}, pixel spacings in mm and how many pixels lie in each of BANDS."""
     if slices:
-        few, many = min(slices.values()), max(slices.values())
-        print(f"  slices a patient: {few} to {many}, median {np.median(list(slices.values())):g}")
+        numbers = list(slices.values())
+        print(f"  slices a patient: {min(numbers)} to {max(numbers)}, median {np.median(numbers):g}")
     print("  sizes: " + ", ".join(f"{size} ({count} files)" for size, count in sizes.most_common()))
-    if spacings:
+    if spacings := [float(row["spacing_mm"]) for row in rows.values() if row.get("spacing_mm")]:
         print(f"  pixel spacing: {min(spacings):.3f} to {max(spacings):.3f} mm, median {np.median(spacings):.3f}")
     for low, high, name, share in zip(BANDS, BANDS[1:], NAMES, counts / max(1, counts.sum()), strict=False):
         print(f"  {low:6d} .. {high - 1:5d} HU {share:6.1%} {'#' * round(40 * share):40s} {name}")
+    odd = [f"{folder.name}/{line}" for line in odd + check_manifest(folder, rows, found)]
+    return odd + [f"{folder.name} mixes sizes or types: {', '.join(sizes)}"] * (len(sizes) > 1), found, chosen
 
 
-def shared(found: list[tuple[str, str, str]]) -> list[str]:
-    """Which files (folder/file, patient, sha256) are the same, and which patients are in several folders."""
+def shared(found: list[tuple[Path, str, str]]) -> list[str]:
+    """Which files (path, patient, sha256) are the same, and which patients are in several folders."""
     odd, first, folders = [], {}, defaultdict(dict)
-    for name, patient, digest in found:
+    for path, patient, digest in found:
+        name = f"{path.parent.name}/{path.name}"
         if first.setdefault(digest, name) != name:
             odd.append(f"{name} is the same as {first[digest]}")
-        folders[patient][name.partition("/")[0]] = None
-    return odd + [f"{' and '.join(names)} share patient {patient}" for patient, names in folders.items()
-                  if len(names) > 1]
+        folders[patient][path.parent.name] = None
+    return odd + [f"{' and '.join(names)} share patient {who}" for who, names in folders.items() if len(names) > 1]
 
 
 def draw_sheet(rows: dict[str, list[np.ndarray]], path: Path, side: int = 160) -> None:

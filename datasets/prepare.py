@@ -19,7 +19,7 @@ from collections import Counter, defaultdict
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from itertools import groupby
+from itertools import chain, groupby
 from pathlib import Path
 
 import numpy as np
@@ -27,7 +27,7 @@ import numpy as np
 from datasets.archive import DIED, group_series, name_patients, parallel, read_headers, time_limit
 from datasets.formats import load, resize_hu
 from datasets.privacy import pseudonym, pseudonymizer
-from datasets.series import Refused, Slice, order_series
+from datasets.series import Problem, Refused, Slice, order_series
 from utils.cli import Parser, script
 from utils.errors import InputError, RunFolderError, Stopped
 from utils.files import atomic, hash16, write_table
@@ -47,10 +47,9 @@ class Output:
 
 
 def split_patients(patients: list[str], split: list[str], seed: int) -> dict[str, str]:
-    """{patient: train, val or test}, by three fractions or lists `train=A,B` (`*`: all others).
+    """{patient: train, val or test}, by three fractions or lists `train=A,B` (`*`: all others). Raises InputError.
 
     With fractions the order is a hash of (seed, patient), and a part that is wanted gets a patient if there are enough.
-    Raises InputError for any other split, and for names that no patient has.
     """
     named = dict(item.partition("=")[::2] for item in split)
     if set(named) <= set(SPLITS) and len(named) == len(split):
@@ -71,14 +70,22 @@ def split_patients(patients: list[str], split: list[str], seed: int) -> dict[str
     return dict(zip(order, np.repeat(SPLITS, counts).tolist(), strict=True))
 
 
-def convert(outputs: list[Output], out: Path, size: int, volumes: bool) -> list[tuple[list[Slice], str, list]]:
+def convert(outputs: list[Output], out: Path, size: int, volumes: bool) -> list[tuple[list[Slice], str, list[Problem]]]:
     """Write those of the outputs that are missing: for each (slices it holds, sha256, problems)."""
-    results, failed = [], {}
+    results, failed = [], {}  # {path: why}: such a file is not decoded again for its other slices
     for one in outputs:
-        target, kept, images, problems = out / one.folder / one.name, one.slices, {}, []
-        if not target.exists() or volumes and len(np.load(target, mmap_mode="r")) < len(kept):
-            images, problems = _read_images(kept, size, failed)
-            kept = list(images)
+        target, images, problems = out / one.folder / one.name, {}, []
+        whole = target.exists() and not (volumes and len(np.load(target, mmap_mode="r")) < len(one.slices))
+        for source in [] if whole else one.slices:
+            try:
+                if source.path in failed:
+                    raise failed[source.path]
+                with time_limit():
+                    images[source] = resize_hu(load(source.path)[source.frame], size)
+            except Refused as error:
+                failed[source.path] = error
+                problems.append((source.path, "refused", str(error)))
+        kept = one.slices if whole else list(images)
         if images:
             with atomic(target) as temporary, open(temporary, "wb") as file:
                 np.save(file, np.stack(list(images.values())) if volumes else images[kept[0]])
@@ -88,29 +95,12 @@ def convert(outputs: list[Output], out: Path, size: int, volumes: bool) -> list[
     return results
 
 
-def _read_images(slices, size, failed):
-    # ({slice: its image}, problems). failed: {path: why}; such a file is not decoded again for its other slices.
-    images, problems = {}, []
-    for one in slices:
-        try:
-            if one.path in failed:
-                raise failed[one.path]
-            with time_limit():
-                images[one] = resize_hu(load(one.path)[one.frame], size)
-        except Refused as error:
-            failed[one.path] = error
-            problems.append((one.path, "refused", str(error)))
-    return images, problems
-
-
 def check_resume(out: Path, outputs: list[Output], shown: dict[str, str], options: dict) -> None:
     """Record what OUT will hold. Raises RunFolderError where it holds something else already."""
-    def identity(one):
-        files = [f"{shown[s.path]} {os.path.getsize(s.path)} {s.frame}" for s in one.slices]
-        return hash16("\n".join(files).encode(errors="backslashreplace"))
-
-    plan = {f"{one.folder}/{one.name}": identity(one) for one in outputs}
-    record = out / "prepare.json"
+    plan, record = {}, out / "prepare.json"
+    for one in outputs:
+        files = "\n".join(f"{shown[s.path]} {os.path.getsize(s.path)} {s.frame}" for s in one.slices)
+        plan[f"{one.folder}/{one.name}"] = hash16(files.encode(errors="backslashreplace"))
     before = json.loads(record.read_text("utf-8")) if record.is_file() else {"options": options, "outputs": {}}
     if changed := [key for key in options if options[key] != before["options"].get(key)]:
         raise RunFolderError(f"{out} was made with another {', '.join(changed)}; repeat those options, or choose "
@@ -134,11 +124,12 @@ def stopped_by_disk():
 
 
 @stopped_by_disk()
-def write_all(outputs: list[Output], out: Path, shown: dict, options: dict, workers: int, problems: list, hide) -> int:
+def write_all(outputs: list[Output], out: Path, shown: dict[str, str], options: dict, workers: int,
+              problems: list[Problem], hide) -> int:
     """Convert what is missing and write manifests and report; the exit status.
 
     shown: how each path is called; options: size, volumes, keep_names and whatever else makes another output;
-    problems: so far, (path, status, reason); hide: puts pseudonyms into a text.
+    problems: so far; hide: puts pseudonyms into a text.
     """
     out.mkdir(parents=True, exist_ok=True)
     for leftover in out.glob("*_img/.*.partial"):  # of a run that was killed
@@ -166,8 +157,8 @@ def write_all(outputs: list[Output], out: Path, shown: dict, options: dict, work
 
 
 def _convert_all(outputs, out, size, volumes, workers):
-    # Yields (output, what `convert` says of it).
-    groups = defaultdict(list)  # one file's slices go together: it is decoded once
+    # Yields (output, what `convert` says of it). One file's slices go together: it is decoded once.
+    groups = defaultdict(list)
     for one in outputs:
         (out / one.folder).mkdir(exist_ok=True)
         groups[one.name if volumes else one.slices[0].path].append(one)
@@ -180,16 +171,16 @@ def _convert_all(outputs, out, size, volumes, workers):
 
 
 def plan_outputs(slices: list[Slice], part_of: dict[str, str], volumes: bool,
-                 keep_names: bool) -> tuple[list[Output], list[tuple[str, str, str]]]:
+                 keep_names: bool) -> tuple[list[Output], list[Problem]]:
     """(files to write, problems): a file a slice, or a series with `volumes`, numbered within each patient.
 
     part_of: {patient: train, val or test}; a patient without a part is left out.
     """
     outputs, problems = [], []
     for patient, groups in groupby(group_series(slices), key=lambda group: group[0].patient):
-        found = [order_series(group) for group in groups]
-        problems += [problem for _, notes in found for problem in notes]
-        ordered = [kept for kept, _ in found if kept] if volumes else [[one] for kept, _ in found for one in kept]
+        series, notes = zip(*map(order_series, groups), strict=True)
+        problems += chain(*notes)
+        ordered = series if volumes else [[one] for one in chain(*series)]
         if patient not in part_of:
             problems += [(group[0].path, "left out", "is of a patient in no list of --split") for group in ordered]
             continue

@@ -29,19 +29,14 @@ def split_slices(slices: list[Slice], split: str) -> list[tuple[str, Slice]]:
     """(train, val or test) of each slice, sorted by patient and file name; split: patient or aapm-published."""
     ordered = sorted(slices, key=lambda one: (one.patient, Path(one.path).name))
     others = [one for one in ordered if one.patient != TEST]
-    if split == "aapm-published":
-        cut = int(0.9 * len(others))
-        parts = ["train"] * cut + ["val"] * (len(others) - cut)
-    else:
-        parts = ["val" if one.patient == VALIDATION else "train" for one in others]
-    return [*zip(parts, others, strict=True), *(("test", one) for one in ordered if one.patient == TEST)]
+    cut = int(0.9 * len(others))
+    validates = [i >= cut if split == "aapm-published" else one.patient == VALIDATION for i, one in enumerate(others)]
+    return [*(("val" if held else "train", one) for held, one in zip(validates, others, strict=True)),
+            *(("test", one) for one in ordered if one.patient == TEST)]
 
 
 def preprocess(root: Path, out: Path, split: str, size: int, workers: int) -> int:
-    """The whole of `python -m datasets.preprocess_aapm`; returns the exit status, 1 when a file was refused.
-
-    Raises InputError where `root` has another layout.
-    """
+    """The whole of `python -m datasets.preprocess_aapm`; returns the exit status."""
     folders = sorted(folder for folder in root.glob("L[0-9][0-9][0-9]/full_1mm") if folder.is_dir())
     if not folders:
         raise InputError(f"{root} holds no L067/full_1mm or the like; expected one folder a patient holding a folder "
@@ -50,13 +45,10 @@ def preprocess(root: Path, out: Path, split: str, size: int, workers: int) -> in
     shown = {path: os.path.relpath(path, root) for path in shown}
     # The folder is the patient, whatever the file says.
     slices = [replace(one, patient=Path(shown[one.path]).parts[0]) for one in slices]
-    kept = []
-    for group in group_series(slices):
-        ordered, notes = order_series(group)
-        kept += ordered
-        problems += notes
+    found = [order_series(group) for group in group_series(slices)]
+    problems += [problem for _, notes in found for problem in notes]
     outputs = {}
-    for part, one in split_slices(kept, split):
+    for part, one in split_slices([one for ordered, _ in found for one in ordered], split):
         stem = re.sub(r"\.(ima|dcm)$", "", Path(one.path).name, flags=re.I)
         stem = stem if stem.startswith(f"{one.patient}_") else f"{one.patient}_{stem}"
         if stem in outputs:

@@ -5,18 +5,21 @@ import warnings
 from collections import Counter
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import pairwise
 
 from utils.errors import InputError
 
+Problem = tuple[str, str, str]  # path; refused, left out or warning; reason, a sentence whose subject is the file
+
 
 class Refused(InputError):
-    """The file cannot become HU slices; the message is the reason, a sentence whose subject is the file."""
+    """The file cannot become HU slices; the message is the reason of a Problem."""
 
     verdict = "refused"
 
 
 class LeftOut(Refused):
-    """The file is sound but is not an original CT slice (a localiser, a derived image); the message is the reason."""
+    """The file is sound but is not an original CT slice (a localiser, a derived image)."""
 
     verdict = "left out"
 
@@ -46,8 +49,7 @@ class Slice:
 def refuse_on_error(reason: str):
     """Turns anything that the block, or the function it decorates, raises into Refused(reason).
 
-    Damaged bytes make parsers and decoders raise almost anything. Whatever it is, the file is bad. Only the type of
-    the exception is told: its message may quote a patient's field.
+    Damaged bytes make decoders raise almost anything. Only its type is told: the message may quote a patient's field.
     """
     try:
         with warnings.catch_warnings():
@@ -59,8 +61,8 @@ def refuse_on_error(reason: str):
         raise Refused(f"{reason} ({type(error).__name__})") from error
 
 
-def order_series(slices: list[Slice]) -> tuple[list[Slice], list[tuple[str, str, str]]]:
-    """The slices of one series from feet to head, and what is wrong with it as (path, status, reason).
+def order_series(slices: list[Slice]) -> tuple[list[Slice], list[Problem]]:
+    """The slices of one series from feet to head, and what is wrong with it.
 
     A slice of another size than most is refused, one at a position that is already taken is left out (the lowest
     instance number stays), a gap is a warning. Slices without positions are ordered by number and not compared.
@@ -72,17 +74,14 @@ def order_series(slices: list[Slice]) -> tuple[list[Slice], list[tuple[str, str,
     size = Counter(one.size for one in ordered).most_common(1)[0][0]
     for one in ordered:
         if one.size != size:
-            reason = f"has {one.size} pixels a side where most of its series has {size}"
-            problems.append((one.path, "refused", reason))
+            problems.append((one.path, "refused", f"has {one.size} pixels a side where most of its series has {size}"))
         elif kept and one.position - kept[-1].position < 0.01:
-            reason = f"repeats position {one.position:g} mm of its series; the lowest instance number is used"
-            problems.append((one.path, "left out", reason))
+            problems.append((one.path, "left out", f"repeats position {one.position:g} mm of its series; the lowest "
+                             "instance number is used"))
         else:
             kept.append(one)
-    steps = [after.position - before.position for before, after in zip(kept, kept[1:], strict=False)]
-    usual = statistics.median(steps) if steps else 0.0
-    for before, step in zip(kept, steps, strict=False):
-        if step > 1.5 * usual:
-            reason = f"is followed by a gap of {step:g} mm where {usual:g} mm is usual: slices are missing"
-            problems.append((before.path, "warning", reason))
-    return kept, problems
+    steps = [after.position - before.position for before, after in pairwise(kept)]
+    usual = statistics.median(steps or [0])
+    return kept, problems + [
+        (one.path, "warning", f"is followed by a gap of {step:g} mm where {usual:g} mm is usual: slices are missing")
+        for one, step in zip(kept, steps, strict=False) if step > 1.5 * usual]

@@ -18,7 +18,7 @@ flying focal spot is refused.
 """
 
 import math
-import struct
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -26,30 +26,32 @@ import pydicom
 
 from datasets.series import Refused, refuse_on_error
 
-FIELDS = {
-    "pitch": 0x70291002, "shape": 0x7029100B, "rows": 0x70291010, "columns": 0x70291011, "angle": 0x70311001,
-    "z": 0x70311002, "source": 0x70311003, "span": 0x70311031, "centre": 0x70311033, "water": 0x70411001,
-    "shift_angle": 0x7033100B, "shift_radius": 0x7033100D,
-}
+FIELDS = {"pitch": 0x70291002, "shape": 0x7029100B, "rows": 0x70291010, "columns": 0x70291011, "angle": 0x70311001,
+          "z": 0x70311002, "source": 0x70311003, "span": 0x70311031, "centre": 0x70311033, "water": 0x70411001,
+          "shift_angle": 0x7033100B, "shift_radius": 0x7033100D}
 OPTIONAL = ("water", "shift_angle", "shift_radius", "z")
+TEXT = ("shape", "water")  # rows and columns are 16-bit integers, all other fields float32
+SHAPES = {"FLAT": "flat", "CYLINDRICAL": "curved"}
 
 
 def is_projections(path: Path) -> bool:
     """Whether a file, or the first DICOM file of a folder, is a view in the DICOM-CT-PD format."""
-    for file in sorted(path.iterdir()) if path.is_dir() else [path]:
-        if file.is_file() and pydicom.misc.is_dicom(file):
-            try:
-                return FIELDS["columns"] in _header(file)
-            except Refused:
-                continue
+    for file in _dicom_files(path):
+        with suppress(Refused):
+            return FIELDS["columns"] in _header(file)
     return False
 
 
-def read_sinograms(path: Path, dataset: str | None = None):
-    """(line integrals, geometry fields the file itself tells) of a `.npy` or `.h5` file, or of a DICOM-CT-PD folder.
+def _dicom_files(path):
+    files = sorted(path.iterdir()) if path.is_dir() else [path]
+    return (file for file in files if file.is_file() and pydicom.misc.is_dicom(file))
 
-    The first is indexed by slice and reads from the disk then: shape (N, views, bins). dataset: which one of an HDF5
-    file; its only one of two or three dimensions if None. Raises Refused with the reason.
+
+def read_sinograms(path: Path, dataset: str | None = None):
+    """(line integrals (N, views, bins), geometry fields the file itself tells) of a file or a DICOM-CT-PD folder.
+
+    The first is read from the disk slice by slice, as it is indexed. dataset: which one of an HDF5 file; its only one
+    of two or three dimensions if None. Raises Refused.
     """
     if path.is_dir() or is_projections(path):
         return _read_projections(path)
@@ -57,25 +59,21 @@ def read_sinograms(path: Path, dataset: str | None = None):
         with refuse_on_error("is no whole .npy array"):
             array = np.load(path, mmap_mode="r", allow_pickle=False)
     elif path.suffix.lower() in (".h5", ".hdf5"):
-        array = _open_h5(path, dataset)
+        import h5py  # only these files need it
+
+        with refuse_on_error("is no whole HDF5 file"):
+            found = {}
+            h5py.File(path).visititems(lambda name, item: found.update({name: item} if hasattr(item, "ndim") else {}))
+        names = [dataset.strip("/")] if dataset else [name for name, item in found.items() if item.ndim in (2, 3)]
+        if len(names) != 1 or names[0] not in found:
+            raise Refused(f"holds the arrays {', '.join(sorted(found)) or '(none)'}; name the sinogram by --dataset")
+        array = found[names[0]]
     else:
         raise Refused("is no sinogram this program reads (.npy, .h5, or a folder of DICOM-CT-PD files)")
     if array.ndim not in (2, 3) or array.dtype.kind not in "iuf" or 0 in array.shape:
         raise Refused(f"holds {array.dtype} of shape {array.shape}; expected line integrals, (views, bins) or "
                       "(N, views, bins)")
     return array if array.ndim == 3 else array[:][None], {}
-
-
-@refuse_on_error("is no whole HDF5 file")
-def _open_h5(path, dataset):
-    import h5py  # only these files need it
-
-    file, found = h5py.File(path, "r"), {}
-    file.visititems(lambda name, item: found.update({name: item}) if isinstance(item, h5py.Dataset) else None)
-    fitting = [name for name, item in found.items() if item.ndim in (2, 3)] if dataset is None else [dataset.strip("/")]
-    if len(fitting) != 1 or fitting[0] not in found:
-        raise Refused(f"holds the arrays {', '.join(sorted(found)) or '(none)'}; name the sinogram by --dataset")
-    return found[fitting[0]]
 
 
 @refuse_on_error("cannot be parsed as DICOM; is it damaged?")
@@ -85,49 +83,47 @@ def _header(file):
 
 
 def _value(view, name):
-    """A field's value: a number, a tuple of them, or text. Without a dictionary, private tags may come as bytes."""
-    if FIELDS[name] not in view:
+    # A number, of several the first, or text. A private tag that no dictionary knows may come as bytes.
+    tag = pydicom.tag.Tag(FIELDS[name])
+    if tag not in view:
         if name in OPTIONAL:
             return None
-        raise Refused(f"lacks the tag {pydicom.tag.Tag(FIELDS[name])} of the DICOM-CT-PD format")
-    value = view[FIELDS[name]].value
-    if isinstance(value, bytes) and name in ("shape", "water"):  # text, and a decimal string
-        value = value.decode("ascii", "replace")
-    elif isinstance(value, bytes):
-        value = struct.unpack("<H" if name in ("rows", "columns") else f"<{len(value) // 4}f", value)
+        raise Refused(f"lacks the tag {tag} of the DICOM-CT-PD format")
+    value = view[tag].value
+    if isinstance(value, bytes):
+        kind = "<u2" if name in ("rows", "columns") else "<f4"
+        value = value.decode("ascii", "replace") if name in TEXT else np.frombuffer(value, kind)
     if isinstance(value, str):
         value = value.strip("\0 ")
     if name == "shape":
         return str(value).upper()
-    values = [float(x) for x in (value if isinstance(value, pydicom.multival.MultiValue | tuple | list) else [value])]
+    values = np.atleast_1d(value).astype(float)
     if not np.isfinite(values).all():
-        raise Refused(f"has {values} in the tag {pydicom.tag.Tag(FIELDS[name])}; expected finite numbers")
-    return values[0] if len(values) == 1 else tuple(values)
+        raise Refused(f"has {values.tolist()} in the tag {tag}; expected finite numbers")
+    return float(values[0])
 
 
 @refuse_on_error("cannot be read as a DICOM-CT-PD view")
 @pydicom.config.disable_value_validation()
 def _read_view(file):
-    """(instance number, fields, line integrals (columns,), DataCollectionDiameter) of one view."""
+    # (instance number, fields, line integrals (columns,), DataCollectionDiameter)
     view = _header(file)
     fields = {name: _value(view, name) for name in FIELDS}
     if fields["rows"] != 1:
         raise Refused(f"has {fields['rows']:.0f} detector rows, a cone beam: rebin the scan to single rows first")
-    row = (view.pixel_array.astype(np.float32) * float(view.RescaleSlope) + float(view.RescaleIntercept)).ravel()
+    row = view.pixel_array.ravel().astype(np.float32) * float(view.RescaleSlope) + float(view.RescaleIntercept)
     if len(row) != fields["columns"]:
         raise Refused(f"holds {len(row)} pixels for {fields['columns']:.0f} detector columns")
     return int(view.InstanceNumber), fields, row, float(view.get("DataCollectionDiameter") or 0)
 
 
 def _read_projections(path):
-    """((1, views, bins) float32, geometry fields) of a folder of DICOM-CT-PD files; a file beside them is left out."""
     views = []
-    for file in sorted(path.iterdir()) if path.is_dir() else [path]:
-        if file.is_file() and pydicom.misc.is_dicom(file):
-            try:
-                views.append(_read_view(file))
-            except Refused as error:  # a missing view would leave a gap that nobody sees: refuse the scan
-                raise Refused(f"cannot be used: {file.name} {error}") from None
+    for file in _dicom_files(path):
+        try:
+            views.append(_read_view(file))
+        except Refused as error:  # a missing view would leave a gap that nobody sees: refuse the scan
+            raise Refused(f"cannot be used: {file.name} {error}") from None
     if not views:
         raise Refused("holds no DICOM-CT-PD files")
     views.sort(key=lambda view: view[0])
@@ -138,28 +134,19 @@ def _read_projections(path):
     for key in ("pitch", "shape", "columns", "source", "span", "centre", "water"):
         if any(field[key] != first[key] for field in fields):
             raise Refused(f"holds views of different scans: the tag {pydicom.tag.Tag(FIELDS[key])} changes")
-    heights = [field["z"] or 0.0 for field in fields]
-    if max(heights) - min(heights) > 0.05:
-        raise Refused(f"is a spiral scan: the source moves {max(heights) - min(heights):.1f} mm along the patient; "
-                      "rebin it to one rotation a slice first")
+    if (travel := np.ptp([field["z"] or 0.0 for field in fields])) > 0.05:
+        raise Refused(f"is a spiral scan: the source moves {travel:.1f} mm along the patient; rebin it to one rotation "
+                      "a slice first")
     if any(field["shift_angle"] or field["shift_radius"] for field in fields):
         raise Refused("was measured with a flying focal spot, which is not supported: rebin it first")
-    shapes = {"FLAT": "flat", "CYLINDRICAL": "curved"}
-    if first["shape"] not in shapes:
+    if first["shape"] not in SHAPES:
         raise Refused("has a detector that is neither FLAT nor CYLINDRICAL")
-    centre = first["centre"][0] if isinstance(first["centre"], tuple) else first["centre"]
-    count = int(first["columns"])
     geometry = {
-        "angles": [math.degrees(field["angle"]) for field in fields],
-        "angle_offset": 180.0,
-        "direction": "cw",
-        "detector_count": count,
-        "detector_pitch_mm": first["pitch"],
-        "detector_shape": shapes[first["shape"]],
-        "detector_offset_mm": ((count + 1) / 2 - centre) * first["pitch"],
-        "source_distance_mm": first["source"],
-        "detector_distance_mm": first["span"] - first["source"],
-    }
+        "angles": [math.degrees(field["angle"]) for field in fields], "angle_offset": 180.0, "direction": "cw",
+        "detector_count": int(first["columns"]), "detector_pitch_mm": first["pitch"],
+        "detector_shape": SHAPES[first["shape"]],
+        "detector_offset_mm": ((first["columns"] + 1) / 2 - first["centre"]) * first["pitch"],
+        "source_distance_mm": first["source"], "detector_distance_mm": first["span"] - first["source"]}
     if diameter:
         geometry["field_of_view_mm"] = diameter
     if first["water"]:

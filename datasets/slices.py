@@ -14,17 +14,12 @@ from utils.units import HU_RANGE
 
 def patient_of(name: str) -> str:
     """Patient of a slice file: up to the first `_` for AAPM names (L067_...), else the name without its `_number`."""
-    stem = Path(name).stem
-    if re.match(r"L\d{3}_", stem):
-        return stem.split("_", 1)[0]
-    return re.sub(r"_\d+$", "", stem)
+    aapm = re.match(r"(L\d{3})_", Path(name).stem)
+    return aapm[1] if aapm else re.sub(r"_\d+$", "", Path(name).stem)
 
 
 def read_manifest(folder: Path) -> list[dict[str, str]]:
-    """Rows of FOLDER/manifest.csv, which datasets.prepare writes; none where there is no such file.
-
-    Raises InputError where it has no columns file and patient.
-    """
+    """Rows of FOLDER/manifest.csv, which datasets.prepare writes; none where there is no such file."""
     path = folder / "manifest.csv"
     if not path.is_file():
         return []
@@ -44,10 +39,7 @@ def patients_of(files: list[Path]) -> list[str]:
 
 
 def find_slices(data: str | Path, split: str) -> list[Path]:
-    """Sorted `.npy` files of DATA/`split`_img, or of DATA itself where it has no such folders.
-
-    Raises InputError where there are none.
-    """
+    """Sorted `.npy` files of DATA/`split`_img, or of DATA where it has no such folders. InputError: there are none."""
     data = Path(data)
     if not data.is_dir():
         raise InputError(f"The data folder {data} does not exist; expected {split}_img/ or .npy slices in it.")
@@ -57,17 +49,13 @@ def find_slices(data: str | Path, split: str) -> list[Path]:
             raise InputError(f"{data} has no {split}_img/ folder beside its other splits; add it, or point --data at a "
                              "folder of .npy slices.")
         folder = data
-    files = sorted(f for f in folder.glob("*.npy") if not f.name.startswith("."))
-    if not files:
-        raise InputError(f"{folder} holds no .npy slices; expected HU arrays of one slice each.")
-    return files
+    if files := sorted(folder.glob("[!.]*.npy")):
+        return files
+    raise InputError(f"{folder} holds no .npy slices; expected HU arrays of one slice each.")
 
 
 def read_slice(path: Path, multiple: int = 1) -> np.ndarray:
-    """One square HU slice, float32 (H, H), clipped to [-1024, 3071]; H is divisible by `multiple`.
-
-    Raises InputError for a bad file.
-    """
+    """One square HU slice, float32 (H, H), clipped to [-1024, 3071]; InputError unless H is divisible by `multiple`."""
     try:
         hu = np.load(path, allow_pickle=False)
     except (OSError, ValueError, EOFError) as error:
@@ -84,10 +72,9 @@ def read_slice(path: Path, multiple: int = 1) -> np.ndarray:
 
 
 def read_slices(files: list[Path], multiple: int = 1, strict: bool = False) -> tuple[list[Path], np.ndarray]:
-    """Read all good slices of one size: (files kept, HU (N, H, H) float32).
+    """(files kept, their HU (N, H, H) float32). A bad slice, or one of another size, is named, skipped and counted.
 
-    A bad slice, or one of another size than the first, is named, skipped and counted. Raises InputError where none is
-    left, or with `strict` at the first bad one.
+    Raises InputError where none is left, or with `strict` at the first bad one.
     """
     kept, slices = [], []
     for path in files:
@@ -115,10 +102,7 @@ def evenly_spaced(count: int, wanted: int | None) -> list[int]:
 
 
 def split_by_patient(files: list[Path], fraction: float, seed: int = 0) -> tuple[list[Path], list[Path]]:
-    """(training, validation) files; about `fraction` of the patients validate, at least one, never all.
-
-    Raises InputError where all are of one patient.
-    """
+    """(training, validation) files; about `fraction` of the patients validate, at least one, never all."""
     owners = patients_of(files)
     patients = sorted(set(owners))
     if len(patients) < 2:
@@ -126,8 +110,10 @@ def split_by_patient(files: list[Path], fraction: float, seed: int = 0) -> tuple
                          "or train_img/ and val_img/ folders.")
     count = min(max(1, round(fraction * len(patients))), len(patients) - 1)
     held_out = set(np.random.default_rng(seed).permutation(patients)[:count])
-    return ([f for f, p in zip(files, owners, strict=True) if p not in held_out],
-            [f for f, p in zip(files, owners, strict=True) if p in held_out])
+    parts = [], []
+    for file, owner in zip(files, owners, strict=True):
+        parts[owner in held_out].append(file)
+    return parts
 
 
 def fingerprint(files: list[Path], slices: np.ndarray) -> str:

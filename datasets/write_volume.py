@@ -22,11 +22,9 @@ PATIENT = ("PatientName", "PatientID", "PatientBirthDate")
 STUDY = ("StudyInstanceUID", "StudyDate", "StudyTime", "AccessionNumber", "ReferringPhysicianName", "StudyID",
          "StudyDescription", "InstitutionName")
 SCAN = ("PatientSex", "PatientAge", "PatientPosition", "BodyPartExamined", "KVP", "SliceThickness", "AcquisitionNumber",
-        "PositionReferenceIndicator", "LossyImageCompression", "LossyImageCompressionRatio",
-        "LossyImageCompressionMethod")
-EMPTY = ("PatientName", "PatientID", "PatientBirthDate", "PatientSex", "StudyDate", "StudyTime", "AccessionNumber",
-         "ReferringPhysicianName", "StudyID", "PositionReferenceIndicator", "SliceThickness", "KVP",
-         "AcquisitionNumber")  # DICOM wants them there, even without a value (type 2)
+        "PositionReferenceIndicator", *(f"LossyImageCompression{more}" for more in ("", "Ratio", "Method")))
+EMPTY = (*PATIENT, "PatientSex", "StudyDate", "StudyTime", "AccessionNumber", "ReferringPhysicianName", "StudyID",
+         "PositionReferenceIndicator", "SliceThickness", "KVP", "AcquisitionNumber")  # type 2: there, empty or not
 IMAGE = {"SpecificCharacterSet": "ISO_IR 192", "SOPClassUID": CTImageStorage, "Modality": "CT",
          "ImageType": ["DERIVED", "SECONDARY", "AXIAL"], "Manufacturer": "CvG-Diff", "SamplesPerPixel": 1,
          "PhotometricInterpretation": "MONOCHROME2", "BitsAllocated": 16, "BitsStored": 12, "HighBit": 11,
@@ -38,8 +36,8 @@ IMAGE = {"SpecificCharacterSet": "ISO_IR 192", "SOPClassUID": CTImageStorage, "M
 class Place:
     """Where a slice lies: DICOM's axes, which run to the patient's left, back and head."""
 
-    corner: tuple[float, float, float]                   # mm, centre of the first pixel
-    spacing: float                                       # mm between pixel centres
+    corner: tuple[float, float, float]                     # mm, centre of the first pixel
+    spacing: float                                         # mm between pixel centres
     columns: tuple[float, float, float] = (1.0, 0.0, 0.0)  # direction of growing column index
     rows: tuple[float, float, float] = (0.0, 1.0, 0.0)     # direction of growing row index
 
@@ -64,7 +62,7 @@ def centred(spacing: float, size: int, z: float) -> Place:
 
 
 def write_npy(path: Path, slices: Iterator[np.ndarray], places: list[Place], size: int) -> None:
-    """(N, size, size) int16 HU."""
+    """(N, size, size) int16 HU, slice by slice."""
     with atomic(path) as partial:
         volume = np.lib.format.open_memmap(partial, "w+", np.int16, (len(places), size, size))
         for index, hu in enumerate(slices):
@@ -79,13 +77,11 @@ def write_nifti(path: Path, slices: Iterator[np.ndarray], places: list[Place], s
     first, last = places[0], places[-1]
     normal = np.cross(first.columns, first.rows)
     step = np.subtract(last.corner, first.corner) / (len(places) - 1) if len(places) > 1 else normal
-    affine = np.eye(4)
-    affine[:3] = np.column_stack([np.multiply(first.columns, first.spacing), np.multiply(first.rows, first.spacing),
-                                  step, first.corner])
-    header = nibabel.Nifti1Header()
+    columns, rows = np.multiply([first.columns, first.rows], first.spacing)
+    affine = np.diag([-1, -1, 1, 1]) @ np.vstack([np.column_stack([columns, rows, step, first.corner]), (0, 0, 0, 1)])
+    header = nibabel.Nifti1Header()  # its axes run right, front, head
     header.set_data_dtype(np.int16)
     header.set_data_shape((size, size, len(places)))
-    affine = np.diag([-1, -1, 1, 1]) @ affine  # NIfTI's axes run right, front, head
     header.set_qform(affine, "scanner")
     header.set_sform(affine, "scanner")
     header.set_slope_inter(1, 0)
@@ -104,9 +100,9 @@ def series_header(about: str, series_uid: str, original: pydicom.Dataset | None,
     With an original, the series belongs to its patient, study and frame of reference. With `deidentify` the pseudonym
     takes the place of name and ID, dates and all else in PATIENT and STUDY are dropped, and UIDs become hashes.
     """
-    alone, original = original is None, pydicom.Dataset() if original is None else original
+    alone, original = original is None, original or pydicom.Dataset()
     header = pydicom.Dataset()
-    header.update({name: "" for name in EMPTY})
+    header.update(dict.fromkeys(EMPTY, ""))
     for name in SCAN if deidentify else PATIENT + STUDY + SCAN:
         if name in original and original[name].VR != "SQ":
             setattr(header, name, original[name].value)
@@ -119,11 +115,9 @@ def series_header(about: str, series_uid: str, original: pydicom.Dataset | None,
     if deidentify:
         header.PatientIdentityRemoved = "YES"
         header.DeidentificationMethod = "Only scan attributes kept, UIDs hashed"
-    header.update(IMAGE)
-    header.SeriesInstanceUID = series_uid
-    header.SeriesNumber = 1000 + int(original.get("SeriesNumber") or 0)
-    header.SeriesDescription = about.partition(";")[0][:64]
-    header.DerivationDescription = about[:1024]
+    header.update(IMAGE | {
+        "SeriesInstanceUID": series_uid, "SeriesNumber": 1000 + int(original.get("SeriesNumber") or 0),
+        "SeriesDescription": about.partition(";")[0][:64], "DerivationDescription": about[:1024]})
     header.setdefault("PatientPosition", "HFS")
     if "BodyPartExamined" not in header:
         header.Laterality = ""  # wanted, without a value, where nothing says that the part is not one of a pair
@@ -132,16 +126,14 @@ def series_header(about: str, series_uid: str, original: pydicom.Dataset | None,
 
 def write_dicom(path: Path, header: pydicom.Dataset, hu: np.ndarray, place: Place, index: int) -> None:
     """One slice, (size, size) int16 HU in [-1024, 3071], of the series that `header` describes."""
-    def number(value):
-        return f"{value:.10g}"  # a decimal string holds 16 characters
-
     file = pydicom.Dataset(header)
     file.SOPInstanceUID = generate_uid(entropy_srcs=[header.SeriesInstanceUID, str(index)])
     file.InstanceNumber = index + 1
     file.Rows, file.Columns = hu.shape
-    file.PixelSpacing = [number(place.spacing)] * 2
-    file.ImagePositionPatient = [number(value) for value in place.corner]
-    file.ImageOrientationPatient = [number(value) for value in (*place.columns, *place.rows)]
+    numbers = {"PixelSpacing": [place.spacing] * 2, "ImagePositionPatient": place.corner,
+               "ImageOrientationPatient": place.columns + place.rows}
+    for name, values in numbers.items():
+        setattr(file, name, [f"{value:.10g}" for value in values])  # a decimal string holds 16 characters
     file.PixelData = (hu + 1024).astype("<u2").tobytes()
     file["PixelData"].VR = "OW"
     file.file_meta = pydicom.dataset.FileMetaDataset()
