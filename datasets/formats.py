@@ -11,8 +11,28 @@ from datasets import dicom
 from datasets.series import Refused, Slice, refuse_on_error
 from utils.units import HU_RANGE
 
-NIFTI, ARRAYS = (".nii", ".nii.gz"), (".npy", ".png")
+NIFTI = (".nii", ".nii.gz")
 BAD_NIFTI = "cannot be read as NIfTI; is it damaged?"
+
+
+def read_npy(path: str) -> np.ndarray:
+    """HU as they are stored."""
+    return np.load(path, mmap_mode="r", allow_pickle=False)
+
+
+def read_png(path: str) -> np.ndarray:
+    """16-bit grey, where value - 1024 = HU."""
+    with Image.open(path) as image:
+        if not image.mode.startswith("I"):
+            raise Refused(f"is a PNG of mode {image.mode}; expected 16-bit grey, where value - 1024 = HU")
+        return np.asarray(image).astype(np.int32) - 1024
+
+
+READERS = {  # of files without a header: path -> HU, (H, H) or (N, H, H)
+    ".npy": read_npy,
+    ".png": read_png,
+}
+ARRAYS = tuple(READERS)
 
 
 def resize_hu(hu: np.ndarray, size: int) -> np.ndarray:
@@ -50,13 +70,7 @@ def load(path: str) -> np.ndarray:
 
 @refuse_on_error("cannot be read; is it truncated or damaged?")
 def _load_array(path):
-    if path.lower().endswith(".png"):
-        with Image.open(path) as image:
-            if not image.mode.startswith("I"):
-                raise Refused(f"is a PNG of mode {image.mode}; expected 16-bit grey, where value - 1024 = HU")
-            array = np.asarray(image).astype(np.int32) - 1024
-    else:
-        array = np.load(path, mmap_mode="r", allow_pickle=False)
+    array = READERS[Path(path).suffix.lower()](path)
     if array.ndim not in (2, 3) or array.dtype.kind not in "iuf" or not array.size:
         raise Refused(f"holds {array.dtype} of shape {array.shape}; expected HU, one slice (H, H) or several (N, H, H)")
     return array.reshape(-1, *array.shape[-2:])

@@ -229,7 +229,10 @@ def main(argv: list[str] | None = None) -> int:
                         help="one (N, size, size) array a series, to be memory-mapped (default: a file a slice)")
     parser.add_argument("--keep-names", action="store_true",
                         help="patients' IDs in file names and tables (default: pseudonyms)")
-    return prepare(**vars(parse_and_check(parser, argv)))
+    args = parse_and_check(parser, argv)
+    if missing := [path for path in args.inputs if not os.path.exists(path)]:
+        parser.error(f"{missing[0]} does not exist")
+    return prepare(**vars(args))
 
 
 if __name__ == "__main__":
