@@ -77,8 +77,11 @@ def load_batch(mu: torch.Tensor, span: tuple[int, int], seed: int, preset, rank:
 
 def flip_and_turn(x: torch.Tensor, symmetries) -> torch.Tensor:
     """The symmetry 0..7 of each slice: quarter turns, mirrored from 4 on. They commute with the full-view scan R."""
-    return torch.stack([torch.rot90(y.flip(-1) if g >= 4 else y, int(g % 4), (-2, -1))
-                        for y, g in zip(x, symmetries, strict=True)])
+    out = torch.empty_like(x)
+    for g in set(symmetries):
+        index = [i for i, symmetry in enumerate(symmetries) if symmetry == g]
+        out[index] = torch.rot90(x[index].flip(-1) if g >= 4 else x[index], int(g % 4), (-2, -1))
+    return out
 
 
 def prefetch(function, items):

@@ -15,7 +15,7 @@ from models.schedule import budget, forward_calls, inputs_of
 from models.training import Trainer, ground_truths
 from models.validation import validate
 from utils import distributed, run_folder, state
-from utils.device import memory, peak_flops
+from utils.device import memory, peak_flops, resident
 from utils.errors import Stopped
 from utils.files import full_disk, hash16
 from utils.nonfinite import NonFinite
@@ -33,6 +33,7 @@ class Run:
             args.data, args.val_fraction, preset.val_slices, args.seed, preset.network().multiple, args.strict)
         self.truths, self.val_truths = (ground_truths(mu, self.device, preset.dtype)
                                         for mu in (slices, val_slices[self.rank::self.processes]))
+        self.truths = resident(self.truths, self.device)
         self.count, self.size = len(self.names), self.truths.shape[-1]
         self.images, steps, _ = budget(preset, self.count)
         self.description = {"preset": preset.mathematics(), "seed": args.seed, "data": fingerprints}
@@ -49,7 +50,7 @@ class Run:
         self.watch = NonFinite(preset.patience, skipped)
         self.scalars = Scalars(self.out, self.seen, writes=self.rank == 0)
         self.load = partial(load_batch, self.truths, seed=args.seed, preset=preset, rank=self.rank,
-                            processes=self.processes, pin=self.device != "cpu")
+                            processes=self.processes, pin=self.truths.device.type != torch.device(self.device).type)
         self.bar = tqdm(total=self.images, initial=self.seen, unit="img", desc=args.preset,
                         disable=None if self.rank == 0 else True)
         self.psnr = {}

@@ -40,6 +40,12 @@ def synchronize(device: str) -> None:
         torch.cuda.synchronize(device)
 
 
+def resident(x: torch.Tensor, device: str) -> torch.Tensor:
+    """x on the GPU if it takes at most a quarter of the free memory there, else as it is."""
+    fits = torch.device(device).type == "cuda" and 4 * x.nbytes <= torch.cuda.mem_get_info(device)[0]
+    return x.to(device) if fits else x
+
+
 def memory(device: str) -> float:
     """Largest memory of this process so far, GiB: the GPU's, or the main memory's where the CPU computes."""
     if torch.device(device).type == "cuda":
