@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 
 GROUPS = 32
-TILE = 8192  # elements of a program: 32 a thread
+TILE = 4096  # elements of a program, 16 a thread
 WARPS = 8
 ROWS = 64    # tiles whose sums a program of `_merge` reads at once
 
@@ -245,6 +245,7 @@ def _(dy, x, shift, weight, bias, mean, rstd, silu):
 
 def _remember(ctx, inputs, output):
     x, shift, weight, bias, _, ctx.silu = inputs
+    ctx.set_materialize_grads(False)  # nothing flows into mean and deviation: no zeros for them
     ctx.save_for_backward(x, shift, weight, bias, *output[1:])
 
 
@@ -287,6 +288,7 @@ def _remember_types(ctx, inputs, output):
 
 
 def _shared(ctx, dy):
+    dy = _channels_last(dy)  # a part of a concatenation is not, and more than one convolution wants it so
     return dy, dy.to(ctx.h), dy.sum((0, 2, 3), dtype=torch.float32).to(ctx.bias)
 
 
