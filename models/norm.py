@@ -39,7 +39,7 @@ def _normal(x, shift, mean, rstd, weight, bias, bc, c, C: tl.constexpr, GROUPS: 
     group = bc // (C // GROUPS)  # of all slices' groups: C is a multiple of GROUPS
     centre, r, w = -tl.load(mean + group), tl.load(rstd + group), tl.load(weight + c).to(tl.float32)
     if SHIFTED:
-        centre += tl.load(shift + bc)
+        centre += tl.load(shift + bc).to(tl.float32)
     normal = (x + centre[None, :]) * r[None, :]
     return normal, normal * w[None, :] + tl.load(bias + c).to(tl.float32)[None, :], r, w
 
@@ -60,13 +60,13 @@ def _moments(x, means, squares, pixels, C: tl.constexpr, PIXELS: tl.constexpr, C
 @triton.jit
 def _merge(means, squares, shift, mean, rstd, pixels, tiles, eps, C: tl.constexpr, GROUPS: tl.constexpr,
            WIDTH: tl.constexpr, PIXELS: tl.constexpr, ROWS: tl.constexpr, SHIFTED: tl.constexpr):
-    """Mean and 1/deviation of a group, (B, GROUPS), from the moments of its tiles: mean first, then squares about it."""
+    """Mean and 1/deviation of a group, (B, GROUPS), from its tiles' moments: mean first, then squares about it."""
     g, b = tl.program_id(0), tl.program_id(1)
     K: tl.constexpr = C // GROUPS
     k = tl.arange(0, WIDTH)[None, :]
     moved = tl.zeros((1, WIDTH), tl.float32)
     if SHIFTED:
-        moved = tl.load(shift + b * C + g * K + k, mask=k < K, other=0.0)
+        moved = _load(shift, b * C + g * K + k, k < K)
     total = tl.zeros((ROWS, WIDTH), tl.float32)
     for first in range(0, tiles, ROWS):
         i = first + tl.arange(0, ROWS)[:, None]
@@ -252,7 +252,8 @@ def _remember(ctx, inputs, output):
 def _backward(ctx, dy, *_):
     x, shift, weight, bias, mean, rstd = ctx.saved_tensors
     dx, dshift, (dbias, dweight) = _group_norm_backward(dy, x, shift, weight, bias, mean, rstd, ctx.silu)
-    return dx, None if shift is None else dshift, dweight.to(weight.dtype), dbias.to(bias.dtype), None, None
+    dshift = None if shift is None else dshift.to(shift.dtype)
+    return dx, dshift, dweight.to(weight.dtype), dbias.to(bias.dtype), None, None
 
 
 _group_norm.register_autograd(_backward, setup_context=_remember)
@@ -265,7 +266,7 @@ def group_norm(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: f
     x: (B, C, H, W), float32, bfloat16 or float16, best channels-last; the result is channels-last in x's dtype. C is a
     multiple of 32. weight, bias: (C,). shift: (B, C), constant over a slice's pixels. Statistics are float32.
     """
-    return _group_norm(x, None if shift is None else shift.float().contiguous(), weight, bias, eps, silu)[0]
+    return _group_norm(x, None if shift is None else shift.contiguous(), weight, bias, eps, silu)[0]
 
 
 @torch.library.custom_op("cvg_diff::add", mutates_args=())

@@ -76,7 +76,7 @@ def measure(device, shapes):
 
 def check(errors, shapes):
     assert len(errors) == len(shapes) * (5 + 4 + 4 + 5 + 4)
-    bad = {name: e for name, e in errors.items() if not e <= (6e-3 if name.endswith("stored") else 3e-6)}
+    bad = {name: e for name, e in errors.items() if not e <= (6e-3 if name.endswith("stored") else 1e-5)}
     assert not bad
 
 
@@ -145,24 +145,27 @@ def test_the_same_input_gives_the_same_bits():
 
 
 @GPU
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_the_network_on_the_gpu(precision):
-    """Against the network without the kernels, in the same precision: output and gradients."""
+def test_the_network_on_the_gpu():
+    """In float32 it is the network without the kernels; in bf16 it is as near to that as PyTorch's operators are."""
     from models import unet
 
     torch.manual_seed(0)
     network = unet.UNet(unet.UNetConfig(width=64, stem=2, dropout=0.0)).to("cuda", memory_format=torch.channels_last)
     x, t = torch.rand(4, 1, 128, 128, device="cuda"), torch.arange(4.0, device="cuda")
-    parameters, found = list(network.parameters()), {}
-    for kernels in (True, False):
-        with pytest.MonkeyPatch.context() as patch, torch.autocast("cuda", torch.bfloat16, enabled=precision == "bf16"):
-            if not kernels:
-                patch.setattr(unet, "_fused", lambda x: None)
+    parameters, chosen = list(network.parameters()), unet._fused
+
+    def call(kernels, bf16):
+        with (pytest.MonkeyPatch.context() as patch, torch.autocast("cuda", torch.bfloat16, enabled=bf16),
+              torch.backends.cudnn.flags(enabled=True, allow_tf32=False)):
+            patch.setattr(unet, "_fused", chosen if kernels else lambda x: None)
             y = network(x, t)
-        gradients = torch.autograd.grad(y.square().sum(), parameters)
-        found[kernels] = y.detach(), torch.cat([g.flatten() for g in gradients])
-    errors = [relative(*pair) for pair in zip(found[True], found[False], strict=True)]
-    assert max(errors) <= (1e-2 if precision == "fp32" else 5e-2)  # fp32: convolutions may use TF32
+            gradients = torch.autograd.grad(y.square().sum(), parameters)
+        return y.detach(), torch.cat([g.flatten() for g in gradients])
+
+    exact = call(kernels=False, bf16=False)
+    assert all(relative(*pair) <= 1e-3 for pair in zip(call(True, False), exact, strict=True))
+    for ours, theirs, truth in zip(call(True, True), call(False, True), exact, strict=True):
+        assert relative(ours, truth) <= 2 * relative(theirs, truth)
 
 
 @GPU
