@@ -16,7 +16,7 @@ import triton.language as tl
 GROUPS = 32
 TILE = 4096  # elements of a program, 16 a thread
 WARPS = 8
-ROWS = 64    # tiles whose sums a program of `_merge` reads at once
+ROWS = 256   # tiles whose sums a program of `_merge` reads at once
 
 
 @triton.jit
