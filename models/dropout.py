@@ -16,7 +16,7 @@ class Dropout(nn.Dropout):
         return x * self.masks(x).to(x.dtype) / (1 - self.p)
 
     def masks(self, x):
-        mask = torch.empty(x.shape, device=x.device)
+        mask = torch.empty_like(x, dtype=torch.float32)  # in the layout of x
         for one, generator in zip(mask, self.generators, strict=True):
             one.bernoulli_(1 - self.p, generator=generator)
         return mask

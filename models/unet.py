@@ -1,5 +1,10 @@
-"""The network R(x_t, t) -> x0: the published DDPM U-Net of CvG-Diff (Chen et al., MICCAI 2025), and its few options."""
+"""The network R(x_t, t) -> x0: the published DDPM U-Net of CvG-Diff (Chen et al., MICCAI 2025), and its few options.
 
+On a GPU images stay channels-last from the first convolution to the last, and models/norm.py serves the norms and what
+surrounds them. Everywhere else PyTorch's own operators do. docs/performance.md says why.
+"""
+
+import functools
 import math
 from dataclasses import dataclass
 
@@ -50,6 +55,42 @@ def _norm(channels: int) -> nn.GroupNorm:
     return nn.GroupNorm(32, channels, eps=1e-6)
 
 
+@functools.cache
+def _kernels():
+    """models/norm.py, or None where there is no Triton."""
+    try:
+        from models import norm
+    except ImportError:
+        return None
+    return norm
+
+
+def _fused(x: torch.Tensor):
+    """models/norm.py where it serves this tensor, else None."""
+    return _kernels() if x.is_cuda and x.dtype in (torch.float32, torch.bfloat16, torch.float16) else None
+
+
+def _normalised(norm: nn.GroupNorm, x: torch.Tensor, silu: bool = True, shift=None) -> torch.Tensor:
+    """Group norm, then SiLU if `silu`. shift: (B, C), added to x before, or None."""
+    if kernels := _fused(x):
+        return kernels.group_norm(x, norm.weight, norm.bias, norm.eps, silu=silu, shift=shift)
+    x = norm(x if shift is None else x + shift[:, :, None, None])
+    return F.silu(x) if silu else x
+
+
+def _without_bias(conv: nn.Conv2d, x: torch.Tensor) -> torch.Tensor:
+    return F.conv2d(x, conv.weight, None, conv.stride, conv.padding)
+
+
+def _unshuffle(x: torch.Tensor, factor: int) -> torch.Tensor:
+    """F.pixel_unshuffle, which on a GPU has channels-first results; these are channels-last."""
+    if not _fused(x):
+        return F.pixel_unshuffle(x, factor)
+    batch, channels, height, width = x.shape
+    x = x.reshape(batch, channels, height // factor, factor, width // factor, factor).permute(0, 2, 4, 1, 3, 5)
+    return x.reshape(batch, height // factor, width // factor, channels * factor**2).permute(0, 3, 1, 2)
+
+
 class TimeEmbedding(nn.Module):
     def __init__(self, width: int):
         super().__init__()
@@ -72,9 +113,15 @@ class ResidualBlock(nn.Module):
         self.nin_shortcut = nn.Conv2d(channels_in, channels_out, 1) if channels_in != channels_out else nn.Identity()
 
     def forward(self, x, temb):
-        h = self.conv1(F.silu(self.norm1(x)))
-        h = h + self.temb_proj(F.silu(temb))[:, :, None, None]
-        h = self.conv2(self.dropout(F.silu(self.norm2(h))))
+        time = self.temb_proj(F.silu(temb))
+        h = _normalised(self.norm1, x)
+        if kernels := _fused(h):  # a GPU adds a bias in a pass of its own; here the kernel that comes next adds it
+            h = _normalised(self.norm2, _without_bias(self.conv1, h), shift=time + self.conv1.bias)
+            h, bias = _without_bias(self.conv2, self.dropout(h)), self.conv2.bias
+            if isinstance(self.nin_shortcut, nn.Conv2d):
+                x, bias = _without_bias(self.nin_shortcut, x), bias + self.nin_shortcut.bias
+            return kernels.add(x, h, bias)
+        h = self.conv2(self.dropout(_normalised(self.norm2, self.conv1(h), shift=time)))
         return self.nin_shortcut(x) + h
 
 
@@ -87,7 +134,7 @@ class Attention(nn.Module):
         self.q, self.k, self.v, self.proj_out = (nn.Conv2d(channels, channels, 1) for _ in range(4))
 
     def forward(self, x):
-        h = self.norm(x)
+        h = _normalised(self.norm, x, silu=False)
         q, k, v = (layer(h).flatten(2).transpose(1, 2).unsqueeze(1) for layer in (self.q, self.k, self.v))
         h = F.scaled_dot_product_attention(q, k, v).squeeze(1).transpose(1, 2).reshape(x.shape)
         return x + self.proj_out(h)
@@ -108,7 +155,9 @@ class Upsample(nn.Module):
         self.conv = nn.Conv2d(channels, channels, 3, padding=1)
 
     def forward(self, x):
-        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+        with torch.autocast(x.device.type, enabled=False):  # which would copy values in float32 on a GPU
+            x = F.interpolate(x, scale_factor=2.0, mode="nearest")
+        return self.conv(x)
 
 
 class UNet(nn.Module):
@@ -169,7 +218,7 @@ class UNet(nn.Module):
         x_t, others = x_t[:, :1], x_t[:, 1:]
         others = F.pad(others, (0, 0, 0, 0, 0, self.config.channels - 1 - others.shape[1]))
         x = torch.cat([x_t - self.config.shift, others], dim=1) / self.config.scale
-        h = self.conv_in(F.pixel_unshuffle(x, self.config.stem))
+        h = self.conv_in(_unshuffle(x, self.config.stem))
         skips = [h]
         for stage in self.down:
             for block in stage.block:
@@ -184,6 +233,17 @@ class UNet(nn.Module):
                 h = block(torch.cat([h, skips.pop()], dim=1), temb)
             if hasattr(stage, "upsample"):
                 h = stage.upsample(h)
-        h = self.conv_out(F.silu(self.norm_out(h)))
+        h = self.conv_out(_normalised(self.norm_out, h))
         h = F.pixel_shuffle(h, self.config.stem).to(x_t.dtype) * self.config.scale
         return x_t + h if self.config.residual else self.config.shift + h
+
+
+def to_bf16(network: UNet) -> UNet:
+    """The network for evaluation under bf16 autocast: weights are rounded once, in place, instead of in every call.
+
+    Estimates keep their bits where PyTorch's operators compute. The norms stay float32. Not for training.
+    """
+    for module in network.modules():
+        if isinstance(module, nn.Conv2d | nn.Linear):
+            module.to(torch.bfloat16)
+    return network.requires_grad_(False)
