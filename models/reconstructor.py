@@ -22,7 +22,7 @@ from models.levels import LEVELS, chain_levels, levels_for
 from models.methods import METHODS
 from models.samplers import SAMPLERS, redegrade, shift
 from models.scanner import PublishedScanner, Scanner, to_pixels
-from models.unet import UNet
+from models.unet import UNet, to_bf16
 from models.weights import find_checkpoint
 from utils.device import chosen_device
 from utils.errors import InputError
@@ -136,9 +136,10 @@ class Reconstructor:
 
 
 def to_device(network: UNet, device: str, precision: str) -> UNet:
-    """The network on a device, its weights channels last where convolutions are faster so.
+    """The network for evaluation on a device, its weights channels last where convolutions are faster so.
 
     That is on a GPU, and in bf16 on a CPU; in fp32 a CPU's group norm of such images loses two digits.
     """
     faster = torch.device(device).type == "cuda" or precision == "bf16"
-    return network.to(device, memory_format=torch.channels_last if faster else torch.contiguous_format)
+    network.to(device, memory_format=torch.channels_last if faster else torch.contiguous_format)
+    return to_bf16(network) if precision == "bf16" else network
