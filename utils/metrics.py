@@ -17,7 +17,11 @@ def psnr(a: torch.Tensor, b: torch.Tensor, width: float) -> torch.Tensor:
 def ssim(a: torch.Tensor, b: torch.Tensor, width: float = 1.0) -> torch.Tensor:
     """SSIM with an 11 x 11 Gaussian, sigma 1.5, zero padding, range 1."""
     taps = torch.exp(-((torch.arange(11, device=a.device) - 5.0) ** 2) / (2 * 1.5**2))
-    mean_a, mean_b, aa, bb, ab = _moments(a, b, (taps / taps.sum()).to(a.dtype), padding=5)
+    taps = (taps / taps.sum()).to(a.dtype)
+    moments = torch.cat([a, b, a * a, b * b, a * b], dim=1).flatten(0, 1)[:, None]
+    moments = F.conv2d(moments, taps.view(1, 1, 11, 1), padding=(5, 0))
+    moments = F.conv2d(moments, taps.view(1, 1, 1, 11), padding=(0, 5))
+    mean_a, mean_b, aa, bb, ab = moments.view(len(a), 5, *a.shape[-2:]).unbind(1)
     c1, c2 = 0.01**2, 0.03**2
     luminance = (2 * mean_a * mean_b + c1) / (mean_a**2 + mean_b**2 + c1)
     structure = (2 * (ab - mean_a * mean_b) + c2) / (aa - mean_a**2 + bb - mean_b**2 + c2)
@@ -36,42 +40,41 @@ def vif(a: torch.Tensor, b: torch.Tensor, width: float) -> torch.Tensor:
     slices under 41 pixels, too small for its four scales. A CPU takes one slice at a time: its sums over a batch add in
     another order.
     """
-    if min(b.shape[-2:]) < 41:
+    if b.shape[-1] < 41:
         return b.new_full((len(b),), torch.nan, dtype=torch.float64)
     together = 1 if b.device.type == "cpu" else len(b)
-    return torch.cat([_vif(x, y) for x, y in zip(a.split(together), b.split(together), strict=True)])
+    parts = zip(a[:, 0].double().split(together), b[:, 0].double().split(together), strict=True)
+    return torch.cat([_vif(255 * (x - 0.5), 255 * (y - 0.5)) for x, y in parts])  # about zero rounding is least
 
 
 def _vif(a, b):
     tiny, noise = 1e-10, 2.0  # variances: what is rounding alone, and the noise of the eye
-    a, b = (255 * (x.double() - 0.5) for x in (a, b))  # about zero, which rounds less and leaves variances as they are
-    seen = known = 0.0  # what the eye learns of b from a, and from b itself
+    seen = known = 0.0        # what the eye learns of b from a, and from b itself
     for size in (17, 9, 5, 3):
-        taps = torch.exp(-((torch.arange(size, device=b.device, dtype=b.dtype) - size // 2) ** 2) / (2 * (size / 5)**2))
-        taps = taps / taps.sum()
         if size < 17:  # the next scale: half as many pixels
-            a, b = (_smooth(x, taps)[..., ::2, ::2] for x in (a, b))
-        mean_a, mean_b, aa, bb, ab = _moments(a, b, taps)
+            a, b = (_smooth(x, size)[..., ::2, ::2] for x in (a, b))
+        mean_a, mean_b, aa, bb, ab = _smooth(torch.stack([a, b, a * a, b * b, a * b]), size)
         var_a, var_b, covariance = aa - mean_a**2, bb - mean_b**2, ab - mean_a * mean_b
         # The paper's channel: locally a is gain b and a distortion of its own.
         gain = torch.where(torch.minimum(var_a, var_b) < tiny, 0.0, covariance / (var_b + tiny)).clamp_min(0)
         distortion = (var_a - gain * covariance).clamp_min(tiny)
         var_b = torch.where(var_b < tiny, 0.0, var_b)
-        seen = seen + torch.log1p(gain**2 * var_b / (distortion + noise)).sum((1, 2))
-        known = known + torch.log1p(var_b / noise).sum((1, 2))
+        seen = seen + torch.log1p(gain**2 * var_b / (distortion + noise)).sum((-2, -1))
+        known = known + torch.log1p(var_b / noise).sum((-2, -1))
     return torch.where(known > 0, seen / known, 1.0)
 
 
-def _moments(a, b, taps, padding=0):
-    """Local means of a, b, a^2, b^2 and ab, each (B, h, w), of images (B, 1, H, W) by a window, taps (n,)^2."""
-    moments = _smooth(torch.cat([a, b, a * a, b * b, a * b], dim=1).flatten(0, 1)[:, None], taps, padding)
-    return moments.view(len(a), 5, *moments.shape[-2:]).unbind(1)
+def _smooth(x, size):
+    """Means of images (..., H, H) under a Gaussian window of size x size pixels, sigma size/5, wherever it fits.
 
-
-def _smooth(x, taps, padding=0):
-    """Correlation of images (N, 1, H, W) with taps (n,) along columns, then along rows."""
-    x = F.conv2d(x, taps.view(1, 1, -1, 1), padding=(padding, 0))
-    return F.conv2d(x, taps.view(1, 1, 1, -1), padding=(0, padding))
+    As products with its band matrix: in float64 these are ten times as fast as convolutions.
+    """
+    row, column = torch.meshgrid(*(torch.arange(n, device=x.device) for n in (x.shape[-1] - size + 1, x.shape[-1])),
+                                 indexing="ij")
+    offset = column - row - size // 2
+    band = torch.where(offset.abs() <= size // 2, torch.exp(-(offset.to(x.dtype) ** 2) / (2 * (size / 5) ** 2)), 0.0)
+    band = band / band[0].sum()
+    return band @ x @ band.mT
 
 
 def _mse(a, b):
