@@ -19,10 +19,12 @@ from contextlib import suppress
 from dataclasses import replace
 from itertools import accumulate
 from pathlib import Path
+from statistics import harmonic_mean
 
 from benchmarks.ablation import affordable, preset_of
 from benchmarks.gpu_rows import LEFT_OUT, ROOT, SECTIONS, make_data, work
 from datasets.slices import find_slices, read_slices
+from models.cost import cost
 from models.schedule import forward_calls
 from utils.cli import Parser, script
 from utils.device import chosen_device
@@ -108,8 +110,12 @@ def add(found: dict, row: dict) -> None:
     """Keep a row and print it."""
     found["rows"].append(row)
     value = "" if row["value"] is None else f"{row['value']:.4g} {row['unit']}"
-    judged = {True: f"goal {row['goal']}: met", False: f"goal {row['goal']}: not met", None: row["note"]}[row["met"]]
-    print(f"{row['section']:<11}{row['name']:<58}{value:<18}{judged}".rstrip(), flush=True)
+    judged = f"goal {row['goal']}" if row["goal"] else row["note"]
+    if row["met"] is not None:
+        judged += ": met" if row["met"] else ": not met"
+    if row["note"] and row["goal"]:
+        judged += f", {row['note']}"
+    print(f"{row['section']:<11}{row['name']:<62}{value:<18} {judged}".rstrip(), flush=True)
 
 
 def write(path: Path, found: dict) -> None:
@@ -120,36 +126,40 @@ def write(path: Path, found: dict) -> None:
 
 
 def train(args, out: Path) -> dict:
-    """Train, evaluate on val and test, and say what came of it. Leaves run/, val/ and test/ in `out`."""
+    """Train, evaluate on val and test, and say what came of it. Leaves run/, val/ and test/ in `out`.
+
+    The minutes are those of the trial that measures the rate and of the training, not of the evaluation.
+    """
     begun, flags = time.monotonic(), ["--preset", "small"]
     if args.rehearse:
-        flags += ["--width", "32", "--batch", "2", "--hops", "1", "--val-slices", "1", "--dc", "1"]
+        flags += ["--width", "32", "--blocks", "1", "--batch", "8", "--hops", "1", "--val-slices", "1", "--dc", "1"]
     start = [sys.executable, "train.py", "--data", args.data, "--device", args.device, *flags]
     out.mkdir(parents=True)
-    rate, before = trial(start, out / "trial", 1 if args.rehearse else 30)
+    rate, before = trial(start, out / "trial", 0 if args.rehearse else 30)
     files, preset = find_slices(args.data, "train"), preset_of(flags)
     left = max(60 * args.train - (time.monotonic() - begun) - before, 1.0)
     size = read_slices(files[:1])[1].shape[-1]
     images, shorter = fit(preset, len(files), size, 0.95 * left * rate * forward_calls(preset, 1 + preset.hops))
     print(f"train      {rate:.1f} images/s: {images} images in the {left:.0f} s that are left", flush=True)
-    code, _ = run([*start, "--out", out / "run", "--images", images, *shorter], 1.1 * left + before + 30)
-    summaries = {}
+    checkpoint, summaries = out / "run" / "checkpoint.safetensors", {}
+    status, _ = run([*start, "--out", out / "run", "--images", images, *shorter], 1.1 * left + before + 30)
+    if not checkpoint.is_file():
+        raise Stopped(f"train.py ended with status {status} and left no checkpoint; what it said is above")
     for split in ("val", "test"):
         command = [sys.executable, "test.py", "--data", Path(args.data, f"{split}_img"), "--out", out / split,
-                   "--checkpoint", out / "run" / "checkpoint.safetensors", "--precision", "bf16", "--batch", "32",
-                   "--methods", "fbp", "sequential", "spdps", "--device", args.device]
-        print(f"train      {split}:", flush=True)
-        _, text = run(command, 600)
-        print(text, flush=True)
+                   "--checkpoint", checkpoint, "--precision", "bf16", "--batch", "32", "--methods", "fbp", "sequential",
+                   "spdps", "--device", args.device, *(["--views", "18"] if args.rehearse else [])]
+        status_of_test, text = run(command, 600)
+        print(f"train      {split}:\n{text}", flush=True)
+        if status_of_test:
+            raise Stopped(f"test.py ended with status {status_of_test} on {split}; what it said is above")
         summaries[split] = json.loads((out / split / "summary.json").read_text(encoding="utf-8"))
     return {"minutes": args.train, "images_per_second": rate, "images": images, "flags": shorter,
-            "stopped_early": code != 0, "checkpoint": str(out / "run" / "checkpoint.safetensors"), **summaries}
+            "status": status, "checkpoint": str(checkpoint), **summaries}
 
 
 def fit(preset, count: int, size: int, calls: float) -> tuple[int, list[str]]:
     """Images that so many forward calls of one slice pay for, and the flags of a schedule of this length."""
-    from models.cost import cost
-
     pflop = calls * cost(preset.network(), size, preset.precision)[1] / 1e15
     images = affordable(preset, count, size, pflop)
     share = min(1.0, images / preset.images)  # phases as long as they are in the preset, in proportion
@@ -173,18 +183,15 @@ def trial(start: list, out: Path, seconds: float) -> tuple[float, float]:
                 first = first or (now if lines else None)
                 if process.poll() is not None or now - begun > 300 + seconds:
                     raise Stopped(f"The trial run of train.py gave no rate: see {log}")
-                if first and len(lines) > 1 and now - first > seconds:
+                if first and now - first >= seconds:
                     break
         finally:
             process.kill()
             process.wait()
-    later = lines[len(lines) // 2:]  # the first ones still build tables
-    images = later[-1]["images"] - lines[len(lines) // 2 - 1]["images"]
-    rates = [line["images_per_second"] for line in later]
-    rate = len(rates) / sum(1 / r for r in rates)
     shutil.rmtree(out)
-    assert images > 0
-    return rate, max(0.0, first - begun - lines[0]["images"] / lines[0]["images_per_second"])
+    rates = [line["images_per_second"] for line in lines]  # of every hundred images
+    later = rates[len(rates) // 2:]                        # the first ones still build tables
+    return harmonic_mean(later), max(0.0, first - begun - lines[0]["images"] / rates[0])
 
 
 def run(command: list, seconds: float) -> tuple[int, str]:
@@ -194,7 +201,9 @@ def run(command: list, seconds: float) -> tuple[int, str]:
         text = process.communicate(timeout=seconds)[0]
     except subprocess.TimeoutExpired:
         process.terminate()  # train.py saves what it has
-        text = process.communicate()[0]
+        with suppress(subprocess.TimeoutExpired):
+            return process.wait(60), ""
+        raise Stopped(f"{command[1]} did not stop within a minute") from None
     finally:
         process.kill()
     return process.returncode, text
@@ -217,6 +226,7 @@ def main(argv=None) -> None:
     found = {"rehearsal": args.rehearse, "machine": {}, "rows": []}
     try:
         measure(args, found)
+        write(args.out, found)
         if args.train:
             found["training"] = train(args, trained)
     finally:
