@@ -211,7 +211,7 @@ def machine(device: str) -> dict:
 
 
 def card(bench: Bench) -> None:
-    """What the card can do at best."""
+    """What the card can do at best. A copy reads and writes; both count."""
     if machine(bench.device)["triton"] is None and bench.device != "cpu":
         bench.leave_out("Triton is not installed: the projector runs in plain PyTorch")
     a = torch.zeros(2**18 if bench.rehearsal else 2**28, device=bench.device)

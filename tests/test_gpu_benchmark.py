@@ -87,6 +87,31 @@ def test_a_median_waits_for_enough_calls_and_ends_at_its_deadline(bench):
     assert len(calls) == 3, "two to warm up, one to measure"
 
 
+def test_a_machine_without_astra_gets_a_line(bench, monkeypatch):
+    monkeypatch.setitem(sys.modules, "astra", None)
+    gpu_rows.astra(bench)
+    (line,) = bench.sent
+    assert "not installed" in line["name"] and line["note"] == gpu_rows.LEFT_OUT
+
+
+def test_a_process_that_lost_its_gpu_ends_after_saying_so(monkeypatch, tmp_path):
+    """The next sections then get a new one."""
+    def lost(device):
+        raise RuntimeError("CUDA error: an illegal memory access was encountered\nand more")
+
+    monkeypatch.setattr(gpu_rows, "synchronize", lost)
+    monkeypatch.setattr(os, "setsid", lambda: None)
+    ours, theirs = multiprocessing.Pipe(duplex=False)
+    gpu_rows.work(theirs, ["card", "calls"], {"card": time.monotonic() + 60}, "cpu", True, tmp_path)
+    theirs.close()
+    found = {"machine": {}, "rows": []}
+    left = gpu.listen(ours, ["card", "calls"], {"card": time.monotonic() + 60}, found)
+    assert left == ["calls"] and found["machine"]
+    assert [row["note"] for row in found["rows"]] == [
+        "RuntimeError: CUDA error: an illegal memory access was encountered",
+        "the GPU is lost: RuntimeError: CUDA error: an illegal memory access was encountered", "its process ended"]
+
+
 def row(section: str) -> dict:
     return {"section": section, "name": section, "value": 1.0, "unit": "s", "goal": "≤ 2", "met": True, "note": ""}
 
