@@ -118,6 +118,15 @@ def test_a_batch_has_the_vif_of_its_slices_to_the_bit():
     assert torch.equal(vif(a, b, 3000), torch.cat(alone)) and len(set(torch.cat(alone).tolist())) == 5
 
 
+def test_vif_stays_on_a_gpu():
+    """Whatever asked a fake one for a value would raise."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    with FakeTensorMode():
+        found = vif(*(torch.empty(3, 1, 256, 256, device="cuda") for _ in range(2)), 3000)
+    assert found.device.type == "cuda" and found.shape == (3,) and found.dtype == torch.float64
+
+
 def test_every_metric_knows_its_truth_and_which_way_is_better():
     """The slow ones are measured when asked for."""
     estimate, truth = pair(1)
