@@ -1,6 +1,6 @@
 # Sourced by train.sh and test.sh: sets $python to an interpreter that has what requirements.txt names.
 # Uses the current python3 if everything imports there, else a virtual environment in .venv, made on first use.
-needed="import huggingface_hub, matplotlib, numpy, safetensors.torch, scipy, sewar, torch, torch_radon, tqdm"
+needed="import huggingface_hub, matplotlib, numpy, safetensors.torch, scipy, torch, torch_radon, tqdm"
 python=${PYTHON:-python3}
 if ! "$python" -c "$needed" 2>/dev/null; then
   if ! cmp -s requirements.txt .venv/requirements.txt; then

@@ -34,14 +34,47 @@ def rmse_hu(a: torch.Tensor, b: torch.Tensor, width: float) -> torch.Tensor:
 
 
 def vif(a: torch.Tensor, b: torch.Tensor, width: float) -> torch.Tensor:
-    """Pixel-domain visual information fidelity of a, 1 for b itself (Sheikh & Bovik, IEEE TIP 15(2), 2006), by sewar:
-    its noise variance of 2 expects 255 grey values, its four scales 41 pixels, and NaN stands for smaller slices."""
-    from sewar.full_ref import vifp  # slow to import
+    """Pixel-domain visual information fidelity of a, float64; 1 for b itself and where b is constant and says nothing.
 
-    if min(b.shape[-2:]) < 41:
-        return torch.full((len(b),), torch.nan)
-    truths, estimates = (255 * x[:, 0].double().cpu().numpy() for x in (b, a))
-    return torch.tensor([vifp(*pair) for pair in zip(truths, estimates, strict=True)])
+    Sheikh & Bovik, IEEE TIP 15(2), 2006, for windows of 255 grey values, as its noise variance of 2 expects. NaN for
+    slices under 41 pixels, too small for its four scales. A CPU takes one slice at a time: its sums over a batch add in
+    another order.
+    """
+    if b.shape[-1] < 41:
+        return b.new_full((len(b),), torch.nan, dtype=torch.float64)
+    together = 1 if b.device.type == "cpu" else len(b)
+    parts = zip(a.squeeze(1).double().split(together), b.squeeze(1).double().split(together), strict=True)
+    return torch.cat([_vif(255 * (x - 0.5), 255 * (y - 0.5)) for x, y in parts])  # about zero rounding is least
+
+
+def _vif(a, b):
+    tiny, noise = 1e-10, 2.0  # variances: what is rounding alone, and the noise of the eye
+    seen = known = 0.0        # what the eye learns of b from a, and from b itself
+    for size in (17, 9, 5, 3):
+        if size < 17:  # the next scale: half as many pixels
+            a, b = (_smooth(x, size, step=2) for x in (a, b))
+        mean_a, mean_b, aa, bb, ab = _smooth(torch.stack([a, b, a * a, b * b, a * b]), size)
+        var_a, var_b, covariance = aa - mean_a**2, bb - mean_b**2, ab - mean_a * mean_b
+        # The paper's channel: locally a is gain b and a distortion of its own.
+        gain = torch.where(torch.minimum(var_a, var_b) < tiny, 0.0, covariance / (var_b + tiny)).clamp_min(0)
+        distortion = (var_a - gain * covariance).clamp_min(tiny)
+        var_b = torch.where(var_b < tiny, 0.0, var_b)
+        seen = seen + torch.log1p(gain**2 * var_b / (distortion + noise)).sum((-2, -1))
+        known = known + torch.log1p(var_b / noise).sum((-2, -1))
+    return torch.where(known > 0, seen / known, 1.0)
+
+
+def _smooth(x, size, step=1):
+    """Means of images (..., H, H) under a Gaussian window of size x size pixels, sigma size/5, at every step-th place.
+
+    Only where the window fits. As products with its band matrix: in float64 ten times as fast as convolutions.
+    """
+    side = x.shape[-1]
+    first, column = torch.arange(0, side - size + 1, step, device=x.device), torch.arange(side, device=x.device)
+    offset = (column - first.unsqueeze(1) - size // 2).to(x.dtype)
+    band = torch.where(offset.abs() <= size // 2, torch.exp(-(offset**2) / (2 * (size / 5) ** 2)), 0.0)
+    band = band / band.sum(1, keepdim=True)
+    return band @ x @ band.mT
 
 
 def _mse(a, b):
