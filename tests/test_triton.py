@@ -101,53 +101,72 @@ def test_cuda_graph():
 
 
 FLOAT, HALF = "*fp32", "*fp16"
-FORWARD = {"image": FLOAT, "sinogram": FLOAT, "SCATTER": False, "LANES": 4}
-BACK = {"image": FLOAT, "sinogram": FLOAT, "SCATTER": False, "FAN": True, "SQUARED": False, "LANES": 4}
-PACK = {"source": FLOAT, "target": FLOAT, "ROW_PAD": 2, "FRONT": 2, "BACK": 2, "TURNED": True, "LANES": 4}
-PRODUCT = {"sinogram": FLOAT, "target": FLOAT, "LANES": 4}
-# Kernel, what its arguments are (a type of pointer, or a constant; 1 is what a launch makes of every 1), and how many
-# loads of 16 bytes it must have.
+PACK = {"source": FLOAT, "target": FLOAT, "ROW_PAD": 2, "FRONT": 2, "BACK": 2, "SINOGRAM": False, "TURNED": True,
+        "LANES": 4}
+RAYS = {"image": FLOAT, "sinogram": FLOAT, "LANES": 4}
+PIXELS = RAYS | {"FAN": True, "SQUARED": False}
+PRODUCT = {"sinogram": FLOAT, "target": FLOAT, "WEIGHTED": True, "PACKED": True, "LANES": 4}
+ROWS_ALONE = PRODUCT | {"WEIGHTED": False, "PACKED": False, "LANES": 1}
+ONE = {"LANES": 1, "STEPS": 16}
+# Kernel, what its arguments are (a type of pointer, or a constant), its warps, and how many loads of 16 bytes it must
+# have.
 COMPILED = {
-    "pack": ("_pack", PACK, 0),
-    "pack one": ("_pack", PACK | {"batch": 1, "rows": 1, "columns": 1, "stride_r": 1, "TURNED": False, "LANES": 1}, 0),
-    "forward": ("_project", FORWARD, 4),
-    "forward half": ("_project", FORWARD | {"image": HALF, "LANES": 8}, 4),
-    "forward one": ("_project", FORWARD | {"batch": 1, "bins": 1, "stride_v": 1, "LANES": 1}, 0),
-    "forward transposed": ("_project", FORWARD | {"SCATTER": True}, 0),
-    "backproject": ("_smear", BACK, 2),
-    "backproject parallel": ("_smear", BACK | {"FAN": False}, 2),
-    "backproject half fdk": ("_smear", BACK | {"sinogram": HALF, "SQUARED": True, "LANES": 8}, 2),
-    "backproject one": ("_smear", BACK | {"batch": 1, "views": 1, "bins": 1, "LANES": 1}, 0),
-    "backproject transposed": ("_smear", BACK | {"SCATTER": True}, 0),
-    "filter": ("_filter", PRODUCT, 0),
-    "filter half": ("_filter", PRODUCT | {"target": HALF, "LANES": 8}, 0),
-    "filter one": ("_filter", PRODUCT | {"rows": 1, "bins": 1, "views": 1, "LANES": 1}, 0),
+    "pack": ("_pack", PACK, 4, 0),
+    "pack sinogram": ("_pack", PACK | {"SINOGRAM": True, "TURNED": False, "ROW_PAD": 0, "LANES": 1}, 4, 0),
+    "pack half as float": ("_pack", PACK | {"source": HALF, "SINOGRAM": True, "TURNED": False, "LANES": 8}, 4, 0),
+    "forward": ("_project", RAYS, 4, 4),
+    "forward half": ("_project", RAYS | {"image": HALF, "LANES": 8}, 4, 4),
+    "forward one": ("_project", RAYS | ONE, 8, 0),
+    "forward two": ("_project", RAYS | ONE | {"LANES": 2}, 8, 0),
+    "forward transposed": ("_project_transpose", RAYS | {"GROUPS": 2}, 2, 2),
+    "forward transposed four": ("_project_transpose", RAYS | {"GROUPS": 1}, 2, 1),
+    "forward transposed one": ("_project_transpose", RAYS | {"GROUPS": 1, "LANES": 1}, 2, 0),
+    "backproject": ("_smear", PIXELS, 4, 2),
+    "backproject parallel": ("_smear", PIXELS | {"FAN": False}, 4, 2),
+    "backproject half fdk": ("_smear", PIXELS | {"sinogram": HALF, "SQUARED": True, "LANES": 8}, 4, 2),
+    "backproject one": ("_smear", PIXELS | {"LANES": 1}, 4, 0),
+    "backproject transposed": ("_smear_transpose", PIXELS, 4, 1),
+    "backproject transposed parallel": ("_smear_transpose", PIXELS | {"FAN": False}, 4, 1),
+    "backproject transposed fdk one": ("_smear_transpose", PIXELS | {"SQUARED": True, "LANES": 1}, 4, 0),
+    "filter": ("_filter", PRODUCT, 8, 0),
+    "filter half": ("_filter", PRODUCT | {"target": HALF, "LANES": 8}, 8, 0),
+    "filter alone": ("_filter", ROWS_ALONE, 8, 0),
+    "filter half alone": ("_filter", ROWS_ALONE | {"sinogram": HALF}, 8, 0),
 }
-TILES = ("STEPS", "BINS", "TILE", "CELLS", "ROWS", "COLUMNS", "DEPTH")
-POINTERS = {"rays": "*i64", "counts": "*i32", "lengths": FLOAT, "turned": "*i64", "pixels": "*i64", "matrix": FLOAT,
-            "view_weights": FLOAT, "scale": "fp32"}
+TILES = ("STEPS", "BINS", "CELLS", "ROWS", "COLUMNS", "DEPTH")
+POINTERS = {"blocks": "*i64", "rows_of": "*i64", "matrix": FLOAT, "view_weights": FLOAT, "scale": "fp32"}
+
+
+def compiled(case, architecture):
+    """The machine code of a case."""
+    from torch_radon import backend_cuda
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    name, given, warps, _ = COMPILED[case]
+    kernel = getattr(backend_cuda, name)
+    given = {n: getattr(backend_cuda, n) for n in TILES} | {
+        "TILE": backend_cuda.SMALL_TILE if name == "_project_transpose" else backend_cuda.TILE} | given
+    names = [n for n in kernel.arg_names if n in given]
+    constants = {n: given[n] for n in names if not isinstance(given[n], str)}
+    types = POINTERS | {n: given[n] for n in names if n not in constants}
+    signature = {n: "constexpr" if n in constants else types.get(n, "i32") for n in kernel.arg_names}
+    assert all(signature[n] != "i32" or n in backend_cuda.SIZES for n in signature), "Triton would specialise a number"
+    free = kernel.do_not_specialize_on_alignment or ()
+    aligned = {(i,): [["tt.divisibility", 16]] for i, n in enumerate(kernel.arg_names)
+               if signature[n].startswith("*") and n not in free}
+    source = ASTSource(kernel, signature, {(kernel.arg_names.index(n),): v for n, v in constants.items()}, aligned)
+    return triton.compile(source, target=GPUTarget("cuda", architecture, 32), options={"num_warps": warps}).asm["sass"]
 
 
 @pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION")
 @pytest.mark.parametrize("architecture", [80, 90])
 @pytest.mark.parametrize("case", COMPILED)
 def test_kernels_compile_without_spills(case, architecture):
-    from torch_radon import backend_cuda
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
-    name, given, wide_loads = COMPILED[case]
-    kernel = getattr(backend_cuda, name)
-    given = {n: getattr(backend_cuda, n) for n in TILES} | given
-    names = [n for n in kernel.arg_names if n in given]
-    constants = {n: given[n] for n in names if not isinstance(given[n], str)}
-    types = POINTERS | {n: given[n] for n in names if n not in constants}
-    signature = {n: "constexpr" if n in constants else types.get(n, "i32") for n in kernel.arg_names}
-    aligned = {(i,): [["tt.divisibility", 16]] for i, n in enumerate(kernel.arg_names) if signature[n].startswith("*")}
-    source = ASTSource(kernel, signature, {(kernel.arg_names.index(n),): v for n, v in constants.items()}, aligned)
-    code = triton.compile(source, target=GPUTarget("cuda", architecture, 32)).asm["sass"]
+    code = compiled(case, architecture)
     assert re.search(r"\bEXIT\b", code)
     assert not re.search(r"\b(LDL|STL)\b", code), "registers spill to local memory"
+    wide_loads = COMPILED[case][3]
     assert len(re.findall(r"\bLDG\.E\.128\b", code)) >= wide_loads, "a texel's images are not read at once"
 
 
