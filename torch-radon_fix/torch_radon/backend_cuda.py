@@ -20,7 +20,7 @@ does and reads four to six pixels of each row: about 125 instructions for four i
 import math
 from collections import OrderedDict
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
@@ -172,13 +172,15 @@ def _project_transpose(sinogram, image, blocks, height, width, used, n_max, batc
     for view in range(chunk * views // chunks, (chunk + 1) * views // chunks):
         record = table + view * VIEW
         flip, window = tl.load(record) & 1, tl.load(record + 7)
+        candidates = (window >> 32).to(tl.int32)
         n = tl.load(record + 1) + tl.load(record + 2) * q + tl.load(record + 3) * r
         d = tl.load(record + 4) + tl.load(record + 5) * q + tl.load(record + 6) * r
         reach = window.to(tl.int32).to(tl.float32, bitcast=True)
         lowest = tl.floor(n.to(tl.float32) / d.to(tl.float32) - BEFORE - reach).to(tl.int32) + 1
+        lowest = tl.where(candidates >= used, 0, lowest)
         column, row = tl.where(flip != 0, r, q) + MARGIN, tl.where(flip != 0, q, r) + MARGIN
         column, row = column.to(tl.int64) << RAY_BITS, row.to(tl.int64) << RAY_BITS
-        for candidate in range(0, (window >> 32).to(tl.int32)):
+        for candidate in range(0, candidates):
             k = lowest + candidate
             inside = (k >= 0) & (k < used)
             k = tl.where(inside, k, 0)
@@ -389,8 +391,8 @@ def _windows(geometry: Geometry, theta: np.ndarray, used: int) -> tuple[np.ndarr
     """How far the transposes have to look, (views,) each: bins to either side of a pixel's position, float32, within
     which every ray lies that comes less than a pixel near it along both axes; and pixels of a row that read one bin.
 
-    At depth t towards the source, on a ray that the fan turns by g, a pixel spans gain S/(cos g (S - t)) bins across the
-    rays, and its square |cos| + |sin| of the ray's angle times as many.
+    At depth t towards the source, on a ray that the fan turns by g, a pixel spans gain S/(cos g (S - t)) bins across
+    the rays, and its square |cos| + |sin| of the ray's angle times as many.
     """
     half = np.hypot(geometry.height, geometry.width) / 2 + 2
     toward = np.abs(np.sin(theta)) * (geometry.width / 2 + 1) + np.abs(np.cos(theta)) * (geometry.height / 2 + 1)
@@ -402,7 +404,7 @@ def _windows(geometry: Geometry, theta: np.ndarray, used: int) -> tuple[np.ndarr
         densest = near / np.maximum((near - toward) * np.cos(fan), 1e-3)
         sparsest = near / (near + 1.1 * half)
     reach = np.sqrt(2) * np.cos(np.maximum(np.pi / 4 - to_axis - fan, 0)) * _gain(geometry) * densest
-    reach = np.minimum(reach + 0.01, used)
+    reach = np.minimum(reach + 0.01, used)  # then every ray is looked at
     turned = to_axis + fan
     pixels = np.floor(2.1 / (_gain(geometry) * sparsest * np.maximum(np.cos(turned), 1e-3))) + 2
     size = max(geometry.height, geometry.width)
@@ -430,7 +432,7 @@ def _scan_table(geometry: Geometry, device: torch.device) -> torch.Tensor:
     views = np.empty((len(theta), VIEW.value), np.int64)
     views[:, 0] = along_rows + 2 * pixels
     views[:, 1:7] = _pixel_table(geometry, theta, first)
-    views[:, 7] = (np.floor(2 * reach).astype(np.int64) + 1 << 32) | reach.view(np.int32)
+    views[:, 7] = (np.minimum(np.floor(2 * reach).astype(np.int64) + 1, used) << 32) | reach.view(np.int32)
     return torch.from_numpy(np.concatenate([views.ravel(), table.ravel()])).to(device)
 
 
@@ -507,7 +509,7 @@ def _make_blocks(geometry: Geometry | Stacked, batch: int, most: int, tables: _T
         rows[block, 2:2 + len(members)] = members
         images[members, :2], images[members, 2] = (views, block), range(len(members))
         images[members, 3] = np.float32(math.pi / 2 / views).view(np.int32)
-    scan = replace(scans[0], angles=())
+    scan = scans[0].without_angles
     first, stop = used_bins(scan)
     diameter = scan.det_count if scan.clip_to_circle else scan.height + scan.width
     # From pageable memory, and at once in the order of this stream: nobody waits.
@@ -556,7 +558,7 @@ def _matrix(scan: Geometry, name: str, first: int, stop: int, front: int, back: 
     """The filter with the detector weights, its rows the bins it reads, between the zero bins it writes."""
     matrix = filter_matrix(scan.det_count, name, first, stop) * detector_weight(scan)[first:stop, None]
     matrix = np.pad(matrix.T if transposed else matrix, ((0, 0), (front, back)))
-    return torch.from_numpy(matrix).float().to(device)
+    return torch.from_numpy(np.ascontiguousarray(matrix, np.float32)).to(device)
 
 
 def _filter_matrix(*key) -> torch.Tensor:

@@ -6,7 +6,7 @@ u_k = (k - det_count/2 + 1/2) * det_spacing + det_offset; theta = 0 has the fan-
 """
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
@@ -39,6 +39,11 @@ class Geometry:
 
     def __eq__(self, other):
         return self is other or (isinstance(other, Geometry) and self.key == other.key)
+
+    @cached_property
+    def without_angles(self) -> "Geometry":
+        """What the scans of a stack have in common."""
+        return replace(self, angles=())
 
     @property
     def scans(self) -> tuple["Geometry", ...]:
