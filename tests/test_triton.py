@@ -14,7 +14,8 @@ import warnings
 import numpy as np
 import pytest
 import torch
-from torch_radon import Radon, RadonFanbeam, backend_torch
+from torch_radon import Radon, RadonFanbeam, Stack, backend_torch, operators
+from torch_radon.solvers import cg, cgne
 
 triton = pytest.importorskip("triton", reason="Triton is not installed: the CUDA kernels cannot be checked")
 GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU here: the kernels run interpreted only")
@@ -69,6 +70,63 @@ def measure(size, views, device):
     return errors
 
 
+def random_scans(count):
+    """(operators that differ in their angles, images a slice) of all kinds of scanners."""
+    random = np.random.default_rng(0)
+    for _ in range(count):
+        height = int(random.integers(5, 15))
+        width = height if random.random() < 0.5 else int(random.integers(5, 15))
+        detector = int(random.integers(3, 40)), random.uniform(0.4, 2.5)
+        options = {"clip_to_circle": bool(random.random() < 0.3), "det_offset": random.choice([0.0, 1.3, -4.0])}
+        fan, near = random.random() < 0.7, math.hypot(height, width) / 2 * random.choice([1.05, 1.3, 3.0, 6.0])
+        far, weights = random.uniform(0, 60), random.choice(["published", "fdk"])
+
+        def operator(angles, size=(height, width), detector=detector, options=options, fan=fan, near=near, far=far,
+                     weights=weights):
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # the detector may be too small
+                if fan:
+                    return RadonFanbeam(size, angles, near, far, *detector, weights=weights, **options)
+                return Radon(size, angles, *detector, **options)
+
+        scans = [random.uniform(-7, 7, int(random.integers(1, 8))) for _ in range(int(random.integers(1, 4)))]
+        order = random.integers(0, len(scans), int(random.integers(1, 6)))
+        yield [operator(scans[i]) for i in order], int(random.integers(1, 4))
+
+
+def ragged(device, count):
+    """Errors of stacks of random scans, {"3 forward": ...} to float64, {"3 forward alone": ...} to a slice alone."""
+    from torch_radon import backend_cuda
+
+    errors, generator = {}, torch.Generator().manual_seed(0)
+    for i, (radons, share) in enumerate(random_scans(count)):
+        stacked = Stack(radons)._stacked
+        scan, batch = stacked.scans[0], share * len(radons)
+        x = torch.rand(batch, scan.height, scan.width, generator=generator)
+        p = torch.rand(batch, stacked.n_angles, scan.det_count, generator=generator)
+        weights = torch.randn(len(radons), stacked.n_angles, generator=generator)
+        rows = torch.arange(stacked.n_angles) < torch.tensor([s.n_angles for s in stacked.scans])[:, None]
+        nan = p.where(rows.repeat_interleave(share, 0)[..., None], torch.nan)  # nothing there is read
+        for kernel, *arguments in (("forward", x), ("forward_transpose", nan), ("backproject", nan),
+                                   ("backproject_transpose", x), ("filter_rows", nan, "hann", False),
+                                   ("filter_rows", nan, "ramp", True), ("fbp", x, None, "ramp"),
+                                   ("fbp", x, weights, "cosine")):
+            arguments = [a.to(device) if isinstance(a, torch.Tensor) else a for a in arguments]
+            found = getattr(backend_cuda, kernel)(stacked, *arguments).cpu()
+            double = [a.double().cpu() if isinstance(a, torch.Tensor) else a for a in arguments]
+            expected = backend_torch.by_scan(getattr(backend_torch, kernel), stacked, *double)
+            name = f"{i} {kernel} {[a for a in arguments[1:] if isinstance(a, str | bool)]}"
+            errors[name] = relative(found, expected) if expected.norm() > 0 else found.abs().max().item()
+            if kernel in ("forward", "forward_transpose", "backproject"):
+                own = stacked.scans[-1]
+                argument = arguments[0][-share:]
+                alone = getattr(backend_cuda, kernel)(
+                    own, argument if kernel == "forward" else argument[:, :own.n_angles].contiguous()).cpu()
+                together = found[-share:, :own.n_angles] if kernel == "forward" else found[-share:]
+                errors[f"{name} alone"] = ((alone - together).norm() / alone.norm().clamp_min(1e-9)).item()
+    return errors
+
+
 def check(errors):
     assert errors.pop("half") <= 3e-4
     assert len(errors) == 5 * 7
@@ -76,16 +134,78 @@ def check(errors):
     assert not bad
 
 
-def test_kernels_interpreted():
-    done = subprocess.run([sys.executable, __file__], env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True,
-                          text=True, timeout=600)
+def solved(device):
+    """Errors of the solvers on the kernels, relative to float64: {"least squares": ...}."""
+    from torch_radon import backend_cuda, solvers, solvers_cuda
+
+    if device == "cpu":  # as if its tensors were a GPU's
+        solvers._kernels = lambda *tensors: solvers_cuda if tensors[0].dtype == torch.float32 else None
+        operators.backend_for = lambda x, g: backend_cuda if x.dtype == torch.float32 else backend_torch
+    stack = Stack([RadonFanbeam(12, TURN * np.arange(n) / n, 50, 50, 33, 2.0) for n in (5, 3, 5)])
+    x = torch.rand(3, 1, 12, 12, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    x[1] *= 1e-3  # stops at another iteration than the others
+    y, start = stack.forward(x), 0.9 * x
+    weights, other = stack.forward(x.flip(-1)) + 0.1, y + 1
+    target = (other * (stack.forward(start) - y).square()).sum((-2, -1), keepdim=True) * torch.tensor([0.01, 1e-4, 2]
+                                                                                                     ).view(3, 1, 1, 1)
+
+    def normal(v):
+        v = v[:, None]
+        return (stack.transpose(stack.forward(v)) + v)[:, 0]
+
+    cases = {"least squares": lambda x, y, w, o, t: cgne(stack, x, y, max_iter=3),
+             "weights": lambda x, y, w, o, t: cgne(stack, x, y, max_iter=3, weights=w, damp=2.0),
+             "target": lambda x, y, w, o, t: cgne(stack, x, y, max_iter=5, target=t, target_weights=o),
+             "one weight": lambda x, y, w, o, t: cgne(stack, x, y, max_iter=3, weights=w[..., :1], target=1e-9),
+             "symmetric": lambda x, y, w, o, t: cg(normal, x[:, 0], stack.transpose(y)[:, 0], max_iter=3),
+             "watched": lambda x, y, w, o, t: torch.stack(cgne(stack, x, y, lambda z, r: (z.double() - x).square().sum(
+                 (-2, -1)), max_iter=3)[1])}
+    given, errors = (start, y, weights, other, target), {}
+    for name, solve in cases.items():
+        before = [t.float().to(device) for t in given]
+        after = [t.clone() for t in before]
+        found = solve(*after)
+        errors[name] = max(relative(a, b) for a, b in zip(found, solve(*given), strict=True) if b.norm() > 0)
+        assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True)), "a solver changed what it was given"
+        assert name != "target" or torch.equal(found[2], after[0][2]), "a slice within its target stays as it is"
+    return errors
+
+
+def check_solved(errors):
+    assert len(errors) == 6
+    assert max(errors.values()) <= 2e-5, errors
+
+
+def check_ragged(errors, count):
+    assert len(errors) == count * 11
+    bad = {k: v for k, v in errors.items() if not v <= (1e-6 if k.endswith("alone") else 1e-5)}
+    assert not bad
+
+
+def interpreted(what):
+    done = subprocess.run([sys.executable, __file__, what], env={**os.environ, "TRITON_INTERPRET": "1"},
+                          capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
-    check(json.loads(done.stdout))
+    return json.loads(done.stdout)
+
+
+def test_kernels_interpreted():
+    check(interpreted("scans"))
+
+
+def test_stacks_of_random_scans_interpreted():
+    check_ragged(interpreted("stacks"), 10)
+
+
+def test_solvers_interpreted():
+    check_solved(interpreted("solvers"))
 
 
 @GPU
 def test_kernels_on_the_gpu():
     check(measure(256, 36, "cuda"))
+    check_ragged(ragged("cuda", 30), 30)
+    check_solved(solved("cuda"))
 
 
 @GPU
@@ -101,53 +221,79 @@ def test_cuda_graph():
 
 
 FLOAT, HALF = "*fp32", "*fp16"
-FORWARD = {"image": FLOAT, "sinogram": FLOAT, "SCATTER": False, "LANES": 4}
-BACK = {"image": FLOAT, "sinogram": FLOAT, "SCATTER": False, "FAN": True, "SQUARED": False, "LANES": 4}
-PACK = {"source": FLOAT, "target": FLOAT, "ROW_PAD": 2, "FRONT": 2, "BACK": 2, "TURNED": True, "LANES": 4}
-PRODUCT = {"sinogram": FLOAT, "target": FLOAT, "LANES": 4}
-# Kernel, what its arguments are (a type of pointer, or a constant; 1 is what a launch makes of every 1), and how many
-# loads of 16 bytes it must have.
+PACK = {"source": FLOAT, "target": FLOAT, "ROW_PAD": 2, "FRONT": 2, "BACK": 2, "SINOGRAM": False, "TURNED": True,
+        "LANES": 4}
+RAYS = {"image": FLOAT, "sinogram": FLOAT, "LANES": 4}
+PIXELS = RAYS | {"FAN": True, "SQUARED": False}
+PRODUCT = {"sinogram": FLOAT, "target": FLOAT, "WEIGHTED": True, "PACKED": True, "LANES": 4}
+ROWS_ALONE = PRODUCT | {"WEIGHTED": False, "PACKED": False, "LANES": 1}
+ONE = {"LANES": 1, "STEPS": 16}
+# Kernel, what its arguments are (a type of pointer, or a constant), its warps, and how many loads of 16 bytes it must
+# have.
 COMPILED = {
-    "pack": ("_pack", PACK, 0),
-    "pack one": ("_pack", PACK | {"batch": 1, "rows": 1, "columns": 1, "stride_r": 1, "TURNED": False, "LANES": 1}, 0),
-    "forward": ("_project", FORWARD, 4),
-    "forward half": ("_project", FORWARD | {"image": HALF, "LANES": 8}, 4),
-    "forward one": ("_project", FORWARD | {"batch": 1, "bins": 1, "stride_v": 1, "LANES": 1}, 0),
-    "forward transposed": ("_project", FORWARD | {"SCATTER": True}, 0),
-    "backproject": ("_smear", BACK, 2),
-    "backproject parallel": ("_smear", BACK | {"FAN": False}, 2),
-    "backproject half fdk": ("_smear", BACK | {"sinogram": HALF, "SQUARED": True, "LANES": 8}, 2),
-    "backproject one": ("_smear", BACK | {"batch": 1, "views": 1, "bins": 1, "LANES": 1}, 0),
-    "backproject transposed": ("_smear", BACK | {"SCATTER": True}, 0),
-    "filter": ("_filter", PRODUCT, 0),
-    "filter half": ("_filter", PRODUCT | {"target": HALF, "LANES": 8}, 0),
-    "filter one": ("_filter", PRODUCT | {"rows": 1, "bins": 1, "views": 1, "LANES": 1}, 0),
+    "pack": ("_pack", PACK, 4, 0),
+    "pack sinogram": ("_pack", PACK | {"SINOGRAM": True, "TURNED": False, "ROW_PAD": 0, "LANES": 1}, 4, 0),
+    "pack half as float": ("_pack", PACK | {"source": HALF, "SINOGRAM": True, "TURNED": False, "LANES": 8}, 4, 0),
+    "forward": ("_project", RAYS, 4, 4),
+    "forward half": ("_project", RAYS | {"image": HALF, "LANES": 8}, 4, 4),
+    "forward one": ("_project", RAYS | ONE, 8, 0),
+    "forward two": ("_project", RAYS | ONE | {"LANES": 2}, 8, 0),
+    "forward transposed": ("_project_transpose", RAYS | {"GROUPS": 2}, 2, 2),
+    "forward transposed four": ("_project_transpose", RAYS | {"GROUPS": 1}, 2, 1),
+    "forward transposed one": ("_project_transpose", RAYS | {"GROUPS": 1, "LANES": 1}, 2, 0),
+    "backproject": ("_smear", PIXELS, 4, 2),
+    "backproject parallel": ("_smear", PIXELS | {"FAN": False}, 4, 2),
+    "backproject half fdk": ("_smear", PIXELS | {"sinogram": HALF, "SQUARED": True, "LANES": 8}, 4, 2),
+    "backproject one": ("_smear", PIXELS | {"LANES": 1}, 4, 0),
+    "backproject transposed": ("_smear_transpose", PIXELS, 4, 1),
+    "backproject transposed parallel": ("_smear_transpose", PIXELS | {"FAN": False}, 4, 1),
+    "backproject transposed fdk one": ("_smear_transpose", PIXELS | {"SQUARED": True, "LANES": 1}, 4, 0),
+    "filter": ("_filter", PRODUCT, 8, 0),
+    "filter half": ("_filter", PRODUCT | {"target": HALF, "LANES": 8}, 8, 0),
+    "filter alone": ("_filter", ROWS_ALONE, 8, 0),
+    "filter half alone": ("_filter", ROWS_ALONE | {"sinogram": HALF}, 8, 0),
+    "dot": ("_dot", {"WEIGHTED": True}, 4, 0),
+    "advance": ("_advance", {"MOST": 128}, 4, 0),
+    "turn": ("_turn", {"MOST": 16, "TARGET": True, "TARGET_MOST": 128}, 4, 0),
 }
-TILES = ("STEPS", "BINS", "TILE", "CELLS", "ROWS", "COLUMNS", "DEPTH")
-POINTERS = {"rays": "*i64", "counts": "*i32", "lengths": FLOAT, "turned": "*i64", "pixels": "*i64", "matrix": FLOAT,
-            "view_weights": FLOAT, "scale": "fp32"}
+TILES = ("STEPS", "BINS", "CELLS", "ROWS", "COLUMNS", "DEPTH")
+POINTERS = {"blocks": "*i64", "rows_of": "*i64", "matrix": FLOAT, "view_weights": FLOAT, "scale": "fp32"} | {
+    n: FLOAT for n in ("a", "b", "weights", "x", "r", "p", "q", "s", "limit", "target", "state", "new_state")} | {
+    n: "*fp64" for n in ("out", "curvature", "squares", "misfits")}
+
+
+def compiled(case, architecture):
+    """The machine code of a case."""
+    from torch_radon import backend_cuda, solvers_cuda
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    name, given, warps, _ = COMPILED[case]
+    module = solvers_cuda if hasattr(solvers_cuda, name) else backend_cuda
+    kernel = getattr(module, name)
+    given = {n: getattr(backend_cuda, n) for n in TILES} | {
+        "TILE": backend_cuda.SMALL_TILE if name == "_project_transpose" else backend_cuda.TILE,
+        "BLOCK": solvers_cuda.BLOCK, "PIECE": solvers_cuda.PIECE} | given
+    names = [n for n in kernel.arg_names if n in given]
+    constants = {n: given[n] for n in names if not isinstance(given[n], str)}
+    types = POINTERS | {n: given[n] for n in names if n not in constants}
+    signature = {n: "constexpr" if n in constants else types.get(n, "i32") for n in kernel.arg_names}
+    assert all(signature[n] != "i32" or n in module.SIZES for n in signature), "Triton would specialise a number"
+    free = kernel.do_not_specialize_on_alignment or ()
+    aligned = {(i,): [["tt.divisibility", 16]] for i, n in enumerate(kernel.arg_names)
+               if signature[n].startswith("*") and n not in free}
+    source = ASTSource(kernel, signature, {(kernel.arg_names.index(n),): v for n, v in constants.items()}, aligned)
+    return triton.compile(source, target=GPUTarget("cuda", architecture, 32), options={"num_warps": warps}).asm["sass"]
 
 
 @pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION")
 @pytest.mark.parametrize("architecture", [80, 90])
 @pytest.mark.parametrize("case", COMPILED)
 def test_kernels_compile_without_spills(case, architecture):
-    from torch_radon import backend_cuda
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
-    name, given, wide_loads = COMPILED[case]
-    kernel = getattr(backend_cuda, name)
-    given = {n: getattr(backend_cuda, n) for n in TILES} | given
-    names = [n for n in kernel.arg_names if n in given]
-    constants = {n: given[n] for n in names if not isinstance(given[n], str)}
-    types = POINTERS | {n: given[n] for n in names if n not in constants}
-    signature = {n: "constexpr" if n in constants else types.get(n, "i32") for n in kernel.arg_names}
-    aligned = {(i,): [["tt.divisibility", 16]] for i, n in enumerate(kernel.arg_names) if signature[n].startswith("*")}
-    source = ASTSource(kernel, signature, {(kernel.arg_names.index(n),): v for n, v in constants.items()}, aligned)
-    code = triton.compile(source, target=GPUTarget("cuda", architecture, 32)).asm["sass"]
+    code = compiled(case, architecture)
     assert re.search(r"\bEXIT\b", code)
     assert not re.search(r"\b(LDL|STL)\b", code), "registers spill to local memory"
+    wide_loads = COMPILED[case][3]
     assert len(re.findall(r"\bLDG\.E\.128\b", code)) >= wide_loads, "a texel's images are not read at once"
 
 
@@ -166,4 +312,5 @@ def test_operators_compile_into_one_graph():
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    print(json.dumps(measure(24, 12, "cpu")))
+    print(json.dumps({"scans": lambda: measure(24, 12, "cpu"), "stacks": lambda: ragged("cpu", 10),
+                      "solvers": lambda: solved("cpu")}[sys.argv[1]]()))

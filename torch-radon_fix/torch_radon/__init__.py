@@ -7,10 +7,11 @@ from .filtering import FourierFilters
 from .noise import transmission_noise
 from .operators import BaseRadon, Radon, RadonFanbeam
 from .readings import ReadingsLookup, compute_lookup_table
+from .stack import Stack
 from .utils import normalize_shape
 from .v2 import ConeBeam, FanBeam, ParallelBeam, Volume2D, Volume3D
 
 __version__ = "1.1.0"
 __all__ = ["BaseRadon", "ConeBeam", "FanBeam", "FourierFilters", "ParallelBeam", "Radon", "RadonBackprojection",
-           "RadonFanbeam", "RadonForward", "ReadingsLookup", "Volume2D", "Volume3D", "compute_lookup_table",
+           "RadonFanbeam", "RadonForward", "ReadingsLookup", "Stack", "Volume2D", "Volume3D", "compute_lookup_table",
            "normalize_shape", "solvers", "transmission_noise", "v2", "volumes"]

@@ -479,11 +479,13 @@ def _filter(geometry: Geometry, name: str) -> tuple[np.float32, np.ndarray, np.n
     return taps[0], distance, taps[distance]
 
 
-def fbp(geometry: Geometry, image: torch.Tensor, view_weights: torch.Tensor, name: str) -> torch.Tensor:
+def fbp(geometry: Geometry, image: torch.Tensor, view_weights: torch.Tensor | None, name: str) -> torch.Tensor:
     """Backprojection of the filtered projection of (B, H, W) float32, without leaving the packed layout.
 
-    view_weights: (views,) float32, the factor of each view (pi/(2N) for a plain FBP over N views).
+    view_weights: (views,) float32, the factor of each view; pi/(2N), a plain FBP over N views, if None.
     """
+    if view_weights is None:
+        view_weights = image.new_full((geometry.n_angles,), math.pi / 2 / geometry.n_angles)
     plan = _plan(geometry, len(image))
     sinogram = _scratch("sinogram", plan.blocks * plan.views * plan.row * LANES)
     _run(_forward_filtered, plan.blocks * plan.views, _pack_images(plan, image.numpy()), *_rays(plan), plan.sinogram,

@@ -3,6 +3,7 @@
 Every map is a list of reads: value = sum of weight * source[index]. Its transpose writes where it read.
 """
 
+import math
 from functools import lru_cache
 
 import numpy as np
@@ -10,7 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from .filtering import detector_weight, frequency_response
-from .geometry import PAD, Geometry, pixel_bins, ray_samples, used_bins
+from .geometry import PAD, Geometry, Stacked, pixel_bins, ray_samples, used_bins
 
 CHUNK = 1 << 22  # reads in memory at once
 
@@ -114,7 +115,43 @@ def apply_filter(sinogram: torch.Tensor, name: str) -> torch.Tensor:
     return torch.fft.irfft(spectrum, n=2 * bins)[..., :bins]
 
 
-def fbp(geometry: Geometry, image: torch.Tensor, view_weights: torch.Tensor, name: str) -> torch.Tensor:
-    """Backprojection of the filtered projection of (B, H, W); view_weights: (views,), pi/(2N) for a plain FBP."""
+def filter_rows(geometry: Geometry, sinogram: torch.Tensor, name: str, transposed: bool) -> torch.Tensor:
+    """(B, views, bins) filtered and weighted by pi/(2 views); the convolution is its own transpose."""
+    p = sinogram.float() if sinogram.dtype == torch.float16 else sinogram
+    weight, scale = bin_weights(geometry, p.dtype, p.device), math.pi / 2 / geometry.n_angles
+    return apply_filter(p, name) * (scale * weight) if transposed else apply_filter(p * weight, name) * scale
+
+
+def fbp(geometry: Geometry, image: torch.Tensor, view_weights: torch.Tensor | None, name: str) -> torch.Tensor:
+    """Backprojection of the filtered projection of (B, H, W); view_weights: (views,), pi/(2N) for all if None."""
+    if view_weights is None:
+        view_weights = image.new_full((geometry.n_angles,), math.pi / 2 / geometry.n_angles)
     sinogram = forward(geometry, image) * bin_weights(geometry, image.dtype, image.device)
     return backproject(geometry, apply_filter(sinogram, name) * view_weights[:, None])
+
+
+def by_scan(kernel, stacked: Stacked, x: torch.Tensor, *arguments) -> torch.Tensor:
+    """A kernel of any backend for a stack of scans, images or padded sinograms (B, ..., ...), scan by scan.
+
+    The fast CPU kernels give each image of a batch what it gets alone, so equal scans go together; the sums of this
+    module may be cut differently, so here every slice goes alone, as it does where it has view weights of its own.
+    """
+    share, fast = len(x) // len(stacked.scans), kernel.__module__ != __name__
+    weights = arguments[0] if kernel.__name__ == "fbp" else None
+    groups = {}
+    for i, scan in enumerate(stacked.scans):
+        key = scan.key if fast and weights is None else i
+        groups.setdefault(key, (i, []))[1].extend(range(i * share, (i + 1) * share))
+    scan, result = stacked.scans[0], None
+    reads_views = kernel.__name__ in ("forward_transpose", "backproject", "filter_rows")
+    writes_views = kernel.__name__ in ("forward", "backproject_transpose", "filter_rows")
+    for i, members in groups.values():
+        scan = stacked.scans[i]
+        if weights is not None:
+            arguments = weights[i, :scan.n_angles].contiguous(), *arguments[1:]
+        part = kernel(scan, (x[members, :scan.n_angles] if reads_views else x[members]).contiguous(), *arguments)
+        if result is None:
+            rows = stacked.n_angles if writes_views else scan.height
+            result = part.new_zeros(len(x), rows, part.shape[-1])
+        result[members, :part.shape[1]] = part
+    return result

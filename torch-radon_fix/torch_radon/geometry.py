@@ -5,7 +5,9 @@ pixel (row r, column q) has its centre at x = q - W/2 + 1/2, y = r - H/2 + 1/2; 
 u_k = (k - det_count/2 + 1/2) * det_spacing + det_offset; theta = 0 has the fan-beam source at (0, source_distance).
 """
 
-from dataclasses import dataclass
+import hashlib
+from dataclasses import dataclass, replace
+from functools import cached_property
 
 import numpy as np
 
@@ -14,7 +16,7 @@ PAD = 2  # zeros around an image: bilinear samples at its border, and rounding t
 
 @dataclass(frozen=True)
 class Geometry:
-    """A scan of an image of (height, width) pixels. Hashable: tables built from it are cached by it."""
+    """A scan of an image of (height, width) pixels. Tables are found by its `key`, made once from all that it holds."""
 
     height: int
     width: int
@@ -27,6 +29,27 @@ class Geometry:
     clip_to_circle: bool = False
     weights: str = "published"            # "published": torch-radon's weights; "fdk": true fan-beam weights
 
+    @cached_property
+    def key(self) -> str:
+        """The same in every process: compiled graphs, which know a geometry by it, are cached on disk."""
+        return hashlib.sha256(repr(self).encode()).hexdigest()[:24]
+
+    def __hash__(self):
+        return hash(self.key)
+
+    def __eq__(self, other):
+        return self is other or (isinstance(other, Geometry) and self.key == other.key)
+
+    @cached_property
+    def without_angles(self) -> "Geometry":
+        """What the scans of a stack have in common."""
+        return replace(self, angles=())
+
+    @property
+    def scans(self) -> tuple["Geometry", ...]:
+        """The scan of every image: this one. `Stacked` has several."""
+        return (self,)
+
     @property
     def fan(self) -> bool:
         return self.source_distance is not None
@@ -35,7 +58,7 @@ class Geometry:
     def n_angles(self) -> int:
         return len(self.angles)
 
-    @property
+    @cached_property
     def source_inside(self) -> bool:
         """Whether the source passes through the image's circumscribed circle: some pixels then lie behind it."""
         return self.fan and self.source_distance <= np.hypot(self.height, self.width) / 2
@@ -44,6 +67,29 @@ class Geometry:
     def bins(self) -> np.ndarray:
         """Detector coordinate u of every bin, (det_count,) float64, pixels."""
         return (np.arange(self.det_count) - self.det_count / 2 + 0.5) * self.det_spacing + self.det_offset
+
+
+@dataclass(frozen=True, eq=False)
+class Stacked:
+    """The scans of a stack of slices, which differ in nothing but their angles.
+
+    Of a batch, each scan has an equal share of the images, in order.
+    """
+
+    scans: tuple[Geometry, ...]
+
+    @cached_property
+    def key(self) -> str:
+        return hashlib.sha256(" ".join(scan.key for scan in self.scans).encode()).hexdigest()[:24]
+
+    @cached_property
+    def n_angles(self) -> int:
+        """Rows of the padded sinogram: the most views of a slice."""
+        return max(scan.n_angles for scan in self.scans)
+
+    @property
+    def source_inside(self) -> bool:
+        return self.scans[0].source_inside
 
 
 def used_bins(geometry: Geometry) -> tuple[int, int]:

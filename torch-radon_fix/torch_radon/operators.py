@@ -1,7 +1,6 @@
 """`Radon` and `RadonFanbeam`: upstream's v1 classes, their borders, gradients and choice of backend."""
 
 import functools
-import hashlib
 import logging
 import math
 import warnings
@@ -12,7 +11,7 @@ import torch
 
 from . import backend_torch, noise, readings
 from .filtering import FourierFilters, filter_named
-from .geometry import Geometry
+from .geometry import Geometry, Stacked
 
 log = logging.getLogger("torch_radon")
 
@@ -41,7 +40,7 @@ def _cuda_backend():
     return backend_cuda
 
 
-def backend_for(tensor: torch.Tensor, geometry: Geometry):
+def backend_for(tensor: torch.Tensor, geometry: Geometry | Stacked):
     """The module whose kernels serve this tensor: Numba for float32 on the CPU, Triton for float32 and float16 on CUDA,
     plain PyTorch for everything else and where pixels lie behind the source, which the fast kernels do not expect.
     """
@@ -54,48 +53,51 @@ def backend_for(tensor: torch.Tensor, geometry: Geometry):
     return backend_torch
 
 
-# Operators that torch.compile takes as they are get no objects, so a geometry is known to them by its digest: the same
-# in every process, because compiled graphs are cached on disk.
-GEOMETRIES: dict[str, Geometry] = {}
+# Operators that torch.compile takes as they are get no objects, so a geometry is known to them by its key.
+GEOMETRIES: dict[str, Geometry | Stacked] = {}
 
 
-def _register(geometry: Geometry) -> str:
-    key = hashlib.sha256(repr(geometry).encode()).hexdigest()[:24]
-    GEOMETRIES[key] = geometry
-    return key
+def _register(geometry: Geometry | Stacked) -> str:
+    GEOMETRIES[geometry.key] = geometry
+    return geometry.key
 
 
-def _prepared(x: torch.Tensor, geometry: Geometry) -> torch.Tensor:
-    """Contiguous, and float32 where the backend cannot store float16."""
-    half = x.dtype == torch.float16 and backend_for(x, geometry) is backend_torch
-    return (x.float() if half else x).contiguous()
+def _on_backend(x: torch.Tensor, geometry: Geometry | Stacked, kernel: str, *arguments) -> torch.Tensor:
+    """A kernel of (B, ..., ...): contiguous, in float32 where the backend cannot store float16, whatever autocast says.
+
+    A stack of scans is one call on CUDA; elsewhere a call each, or as many as the fast CPU backend needs.
+    """
+    if x.dtype == torch.float16 and backend_for(x, geometry) is backend_torch:
+        x = x.float()
+    x, backend = x.contiguous(), backend_for(x, geometry)
+    if not hasattr(backend, kernel):  # the CPU's filter
+        backend = backend_torch
+    if torch.is_autocast_enabled(x.device.type):
+        with torch.autocast(x.device.type, enabled=False):
+            return _on_backend(x, geometry, kernel, *arguments)
+    if isinstance(geometry, Geometry) or x.device.type == "cuda" and backend is not backend_torch:
+        return getattr(backend, kernel)(geometry, x, *arguments)
+    return backend_torch.by_scan(getattr(backend, kernel), geometry, x, *arguments)
 
 
-def _filter(geometry: Geometry, sinogram: torch.Tensor, name: str, transposed: bool) -> torch.Tensor:
-    p = sinogram.float() if sinogram.dtype == torch.float16 else sinogram
-    weight = backend_torch.bin_weights(geometry, p.dtype, p.device)
-    scale = math.pi / 2 / len(geometry.angles)
-    if transposed:  # the convolution is its own transpose
-        return backend_torch.apply_filter(p, name) * (scale * weight)
-    return backend_torch.apply_filter(p * weight, name) * scale
+def _compute(x: torch.Tensor, geometry: str, kernel: str, filter_name: str) -> torch.Tensor:
+    g = GEOMETRIES[geometry]
+    if filter_name:
+        return _on_backend(x, g, "filter_rows", filter_name, kernel == "filter_transpose")
+    return _on_backend(x, g, kernel)
 
 
 @torch.library.custom_op("torch_radon::linear", mutates_args=())
 def _apply(x: torch.Tensor, geometry: str, kernel: str, filter_name: str) -> torch.Tensor:
-    """One of the linear maps of (B, ..., ...); float64 for float64, else float32, whatever autocast says."""
-    g = GEOMETRIES[geometry]
-    x = _prepared(x, g)
-    with torch.autocast(x.device.type, enabled=False):
-        if filter_name:
-            return _filter(g, x, filter_name, kernel == "filter_transpose")
-        return getattr(backend_for(x, g), kernel)(g, x)
+    """One of the linear maps of (B, ..., ...); float64 for float64, else float32."""
+    return _compute(x, geometry, kernel, filter_name)
 
 
 @_apply.register_fake
 def _(x, geometry, kernel, filter_name):
     g = GEOMETRIES[geometry]
-    to_image = kernel in ("forward_transpose", "backproject")
-    shape = (g.height, g.width) if to_image else (len(g.angles), g.det_count)
+    to_image, scan = kernel in ("forward_transpose", "backproject"), g.scans[0]
+    shape = (scan.height, scan.width) if to_image else (g.n_angles, scan.det_count)
     return x.new_empty((x.shape[0], *shape), dtype=x.dtype if x.dtype == torch.float64 else torch.float32)
 
 
@@ -134,26 +136,37 @@ class _Map(torch.autograd.Function):
 
     @staticmethod
     def vmap(info, in_dims, x, geometry, kernel, filter_name):
-        x = x.movedim(in_dims[0], 0)
+        x = x.movedim(in_dims[0], 1)  # behind the batch, whose order a stack of scans needs
         y = _Map.apply(x.flatten(0, 1), geometry, kernel, filter_name)
-        return y.unflatten(0, x.shape[:2]), 0
+        return y.unflatten(0, x.shape[:2]), 1
 
 
 _map = torch.compiler.disable(_Map.apply)  # traced, it would lose its forward-mode derivative
 
 
+def _compute_fbp(x: torch.Tensor, view_weights: torch.Tensor | None, geometry: str, filter_name: str) -> torch.Tensor:
+    return _on_backend(x, GEOMETRIES[geometry], "fbp", view_weights, filter_name)
+
+
 @torch.library.custom_op("torch_radon::fbp", mutates_args=())
-def _fbp(x: torch.Tensor, view_weights: torch.Tensor, geometry: str, filter_name: str) -> torch.Tensor:
+def _fbp(x: torch.Tensor, view_weights: torch.Tensor | None, geometry: str, filter_name: str) -> torch.Tensor:
     """backprojection(filter(forward(x))) of (B, H, W); precision as in `_apply`, no gradient."""
-    g = GEOMETRIES[geometry]
-    x = _prepared(x, g)
-    with torch.autocast(x.device.type, enabled=False):
-        return backend_for(x, g).fbp(g, x, view_weights, filter_name)
+    return _compute_fbp(x, view_weights, geometry, filter_name)
 
 
 @_fbp.register_fake
 def _(x, view_weights, geometry, filter_name):
-    return x.new_empty(x.shape, dtype=view_weights.dtype)
+    return x.new_empty(x.shape, dtype=x.dtype if x.dtype == torch.float64 else torch.float32)
+
+
+def _values_only(x: torch.Tensor) -> bool:
+    """Whether nothing but values is asked of a call: no gradient, no tracing, no transform. Then kernels are called as
+    they are; PyTorch's way through operators takes longer than a small projection.
+    """
+    return (not torch.compiler.is_compiling() and type(x) is torch.Tensor
+            and not (x.requires_grad and torch.is_grad_enabled()) and torch._C._len_torch_dispatch_stack() == 0
+            and not torch._C._are_functorch_transforms_active() and torch.autograd.forward_ad._current_level < 0
+            and not torch.jit.is_tracing())
 
 
 @torch.compiler.assume_constant_result  # compiled code is guarded by the level that this reads
@@ -174,11 +187,44 @@ def _checked(x, trailing: tuple[int | str, int | str], what: str) -> torch.Tenso
     return x
 
 
+def _batch(x: torch.Tensor) -> torch.Tensor:
+    """(..., m, n) as (B, m, n)."""
+    return x if x.ndim == 3 else x.reshape(-1, *x.shape[-2:])
+
+
+def _like(y: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """(B, m, n) with the leading dimensions and the precision of x."""
+    y = y if x.ndim == 3 else y.reshape(*x.shape[:-2], *y.shape[-2:])
+    return y if y.dtype == x.dtype else y.to(x.dtype)
+
+
 def _linear(kernel: str, x: torch.Tensor, key: str, filter_name: str = "") -> torch.Tensor:
     """Apply a kernel over the last two dimensions; half precision is computed in float32."""
+    if _values_only(x):
+        return _like(_compute(_batch(x), key, kernel, filter_name), x)
     function = _apply if torch.compiler.is_compiling() and not _forward_mode() else _map
-    y = function(x.reshape(-1, *x.shape[-2:]), key, kernel, filter_name)
-    return y.reshape(*x.shape[:-2], *y.shape[-2:]).to(x.dtype)
+    return _like(function(_batch(x), key, kernel, filter_name), x)
+
+
+def _degrade(x: torch.Tensor, view_weights: torch.Tensor | None, key: str, filter_name: str) -> torch.Tensor:
+    """FBP of the projection over the last two dimensions, without a gradient."""
+    if _values_only(x):
+        return _like(_compute_fbp(_batch(x), view_weights, key, filter_name), x)
+    with torch.no_grad():
+        return _like(_fbp(_batch(x.detach()), view_weights, key, filter_name), x)
+
+
+def _view_weights(view_weights, imgs: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor | None:
+    """On the images' device, in the precision of the calculation; ValueError where they are not of this shape."""
+    if view_weights is None:
+        return None
+    weights = torch.as_tensor(view_weights, dtype=torch.float64 if imgs.dtype == torch.float64 else torch.float32)
+    if isinstance(view_weights, torch.Tensor) and view_weights.device != imgs.device:
+        raise ValueError(f"view_weights is on {view_weights.device} and the image on {imgs.device}; expected one "
+                         "device")
+    if weights.shape != shape:
+        raise ValueError(f"view_weights has shape {tuple(weights.shape)}; expected one a view: {shape}")
+    return weights.detach().to(imgs.device).contiguous()
 
 
 def apply_linear(kernel: str, x: torch.Tensor, geometry: Geometry, negated_angles: torch.Tensor) -> torch.Tensor:
@@ -286,21 +332,8 @@ class BaseRadon:
         view_weights: the factor of each view, pi/(2 views) for all if None. float16 is computed in float32.
         """
         _checked(imgs, self._image_shape, "the image")
-        filter_name = filter_named(filter_name)
-        views, dtype = self.geometry.n_angles, torch.float64 if imgs.dtype == torch.float64 else torch.float32
-        if view_weights is None:
-            weights = torch.full((views,), math.pi / 2 / views, dtype=dtype, device=imgs.device)
-        else:
-            weights = torch.as_tensor(view_weights, dtype=dtype)
-            if isinstance(view_weights, torch.Tensor) and view_weights.device != imgs.device:
-                raise ValueError(f"view_weights is on {view_weights.device} and the image on {imgs.device}; expected "
-                                 "one device")
-            weights = weights.to(imgs.device)
-        if weights.shape != self._sinogram_shape[:1]:
-            raise ValueError(f"view_weights has shape {tuple(weights.shape)}; expected one a view: ({views},)")
-        with torch.no_grad():
-            y = _fbp(imgs.detach().reshape(-1, *self._image_shape), weights, self._key, filter_name)
-        return y.reshape(imgs.shape).to(imgs.dtype)
+        weights = _view_weights(view_weights, imgs, self._sinogram_shape[:1])
+        return _degrade(imgs, weights, self._key, filter_named(filter_name))
 
     def set_seed(self, seed: int = -1):
         """Start the random numbers of this operator anew; a negative seed takes NumPy's (np.random.seed)."""

@@ -4,6 +4,10 @@ Images are (..., H, W), sinograms (..., views, bins). An operator is any object 
 `transpose`, as ours do, that is used instead of backward. A `callback` is called with x after each iteration, in cg and
 cgne with (x, residual) if it takes two arguments; the result is then (x, list of what it returned), else x. All are
 differentiable unless stated otherwise.
+
+On CUDA `cg` and `cgne` do not wait for the device, unless a callback has them look after every iteration: samples that
+have stopped are masked, and where the CPU raises an error about values that are not finite or a map that is not
+positive definite, that sample becomes NaN. float32 without a gradient goes through the kernels of solvers_cuda.py.
 """
 
 import contextlib
@@ -11,6 +15,7 @@ import inspect
 
 import torch
 
+from . import operators
 from .operators import BaseRadon
 from .utils import _normalize_shape
 
@@ -25,9 +30,57 @@ def _ratio(a: torch.Tensor, b: torch.Tensor, active: torch.Tensor) -> torch.Tens
     return torch.where(active, a / torch.where(active, b, 1), 0)
 
 
-def _check(residual: torch.Tensor):
+def _check(x: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
+    """x. Where the residual is not finite: an error, or on CUDA, where asking would wait, NaN."""
+    if x.is_cuda:
+        return torch.where(torch.isfinite(residual).flatten(-2).all(-1)[..., None, None], x, torch.nan)
     if not torch.isfinite(residual).all():
         raise ValueError("y - forward(x) holds NaN or infinity; expected finite x and y")
+    return x
+
+
+class _Stopped:
+    """Whether all samples have stopped, asked before each iteration.
+
+    On the CPU, and where a callback looks on, it is known at once. On CUDA the host does not wait: it asks now and
+    then, and goes on until an answer has come; iterations after the last sample has stopped change nothing.
+    """
+
+    EVERY = 16  # iterations
+
+    def __init__(self, x: torch.Tensor, callback):
+        self.waits, self.iteration, self.event = callback is not None or not x.is_cuda, 0, None
+        self.asks = not (self.waits or not operators._values_only(x.detach())
+                         or torch.cuda.is_current_stream_capturing())
+
+    def __call__(self, active) -> bool:
+        """active(): what is not zero where a sample goes on."""
+        if self.waits:
+            return not active().any()
+        self.iteration += 1
+        if not self.asks or self.iteration % self.EVERY:
+            return False
+        if self.event is None:
+            self.answer, self.event = torch.empty((), dtype=torch.bool, pin_memory=True), torch.cuda.Event()
+        elif not self.event.query():
+            return False
+        elif not self.answer:
+            return True
+        self.answer.copy_(active().any(), non_blocking=True)
+        self.event.record()
+        return False
+
+
+def _kernels(*tensors: torch.Tensor):
+    """The module of CUDA kernels if these tensors do without gradients and transforms, else None."""
+    if (not all(t.is_cuda and t.dtype == torch.float32 for t in tensors)
+            or (torch.is_grad_enabled() and any(t.requires_grad for t in tensors))
+            or torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+            or torch.autograd.forward_ad._current_level >= 0
+            or operators._cuda_backend() is operators.backend_torch):
+        return None
+    from . import solvers_cuda
+    return solvers_cuda
 
 
 def _leading(x: torch.Tensor, y: torch.Tensor):
@@ -74,15 +127,23 @@ def cg(forward, x: torch.Tensor, y: torch.Tensor, callback=None, max_iter: int =
                          "the same size on one device")
     dims, report = (-2, -1), _with_residual(callback)
     r = y - forward(x)
-    _check(r)
+    x = _check(x, r)
     p, rr, limit, values = r, _dot(r, r, dims), tol**2 * _dot(y, y, dims), []
-    active = rr > limit
+    active, stopped = rr > limit, _Stopped(x, callback)
+    if kernels := _kernels(x, y, r):
+        x, r = x.clone(memory_format=torch.contiguous_format), r.contiguous()
+        look = callback and (lambda: report(x.reshape(shape), r.reshape(shape)))
+        values = kernels.iterate(forward, lambda: r, x, r, r, rr, active, limit, max_iter, stopped, symmetric=True,
+                                 report=look)
+        max_iter = 0
     for _ in range(max_iter):
-        if not active.any():
+        if stopped(lambda active=active: active):
             break
         q = forward(p)
         curvature = _dot(p, q, dims)
-        if (active & ~(curvature > 0)).any():
+        if x.is_cuda:
+            curvature = torch.where(curvature > 0, curvature, torch.nan)
+        elif (active & ~(curvature > 0)).any():
             raise ValueError("forward is not symmetric positive definite: <p, forward(p)> is not positive; adding a "
                              "small multiple of its argument makes a semidefinite map definite")
         alpha = _ratio(rr, curvature, active)
@@ -111,7 +172,7 @@ def cgne(operator, x: torch.Tensor, y: torch.Tensor, callback=None, max_iter: in
     dims, target_weights = (-2, -1), weights if target_weights is None else target_weights
     transpose, report = _transpose(operator), _with_residual(callback)
     start, r = x, y - operator.forward(x)
-    _check(r)
+    x = _check(x, r)
 
     def weighted(p, weights=weights):
         return p if weights is None else weights * p
@@ -125,9 +186,21 @@ def cgne(operator, x: torch.Tensor, y: torch.Tensor, callback=None, max_iter: in
 
     s, toward = gradient(), transpose(weighted(y))
     p, ss, limit, values = s, _dot(s, s, dims), tol**2 * _dot(toward, toward, dims), []
-    active = unsettled()
+    active, stopped = unsettled(), _Stopped(x, callback)
+    given = [t for t in (weights, None if target is None else target_weights) if t is not None]
+    if kernels := _kernels(x, y, r, s, *given):
+        x, r = x.clone(memory_format=torch.contiguous_format), r.contiguous()
+        weighing = None if weights is None else weights.broadcast_to(y.shape).contiguous()
+        if target is not None:
+            target = torch.as_tensor(target, dtype=x.dtype, device=x.device).broadcast_to(ss.shape).flatten()
+            if target_weights is not None:
+                target_weights = target_weights.broadcast_to(y.shape).contiguous()
+        values = kernels.iterate(operator.forward, gradient, x, r, s, ss, active, limit, max_iter, stopped,
+                                 weights=weighing, pull=damp**2, target=target, target_weights=target_weights,
+                                 report=callback and (lambda: report(x, r)))
+        max_iter = 0
     for _ in range(max_iter):
-        if not active.any():
+        if stopped(lambda active=active: active):
             break
         q = operator.forward(p)
         alpha = _ratio(ss, _dot(q, weighted(q), dims) + damp**2 * _dot(p, p, dims), active)
