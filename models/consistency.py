@@ -22,15 +22,25 @@ def data_consistency(degrade: Degradation, y, iterations: int, photons: float | 
     """
     @torch.no_grad()
     def dc(x0_hat, slices):
-        x, views = torch.empty_like(x0_hat), [y[i].shape[-2] for i in slices]
+        views = [y[i].shape[-2] for i in slices]
+        if x0_hat.is_cuda or len(set(views)) == 1:
+            return solve(x0_hat, [y[i] for i in slices])
+        x = torch.empty_like(x0_hat)  # a CPU takes one view count after the other: nothing is padded
         for n in dict.fromkeys(views):
             group = [j for j, v in enumerate(views) if v == n]
-            measured, noise = torch.stack([y[slices[j]] for j in group]), {}
-            if photons:
-                sigma = deviation(measured, photons, pixel_cm(x.shape[-1]), electronic)
-                noise = {"target": sigma.sum((-2, -1), keepdim=True), "target_weights": 1 / sigma}
-            x[group] = cgne(degrade.operator(x.shape[-1], n), x0_hat[group], measured, max_iter=iterations, **noise)
+            x[group] = solve(x0_hat[group], [y[slices[j]] for j in group])
         return x
+
+    def solve(x0_hat, measured):
+        views, noise = [p.shape[-2] for p in measured], {}
+        ragged, size = len(set(views)) > 1, x0_hat.shape[-1]
+        operator = degrade.operator(size, views if ragged else views[0])
+        measured = operator.pad(measured) if ragged else torch.stack(measured)
+        if photons:
+            sigma = deviation(measured, photons, pixel_cm(size), electronic)
+            there = operator.exists(x0_hat.device)[:, None] if ragged else 1.0
+            noise = {"target": (there * sigma).sum((-2, -1), keepdim=True), "target_weights": there / sigma}
+        return cgne(operator, x0_hat, measured, max_iter=iterations, **noise)
 
     return dc if iterations else None
 

@@ -9,20 +9,10 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 
 import torch
+from torch_radon import BaseRadon, Stack
 
 from models.levels import FULL_VIEWS
 from models.scanner import PublishedScanner, Scanner
-
-
-def _per_group(function, keys, *tensors):
-    """Apply function(key, *slices) to the slices of each key and put the results in the batch's order."""
-    if len(set(keys)) == 1:
-        return function(keys[0], *tensors)
-    out = torch.empty_like(tensors[0])
-    for key in dict.fromkeys(keys):
-        index = [i for i, k in enumerate(keys) if k == key]
-        out[index] = function(key, *(x[index] for x in tensors))
-    return out
 
 
 @lru_cache(maxsize=512)
@@ -44,8 +34,10 @@ def _difference(scanner, n_t: int, n_s: int) -> tuple[tuple[float, ...], tuple[f
 
 
 @lru_cache(maxsize=256)
-def _difference_weights(scanner, n_t: int, n_s: int, device: torch.device) -> torch.Tensor:
-    return torch.tensor(_difference(scanner, n_t, n_s)[1], device=device)
+def _difference_weights(scanner, steps: tuple[tuple[int, int], ...], device: torch.device) -> torch.Tensor:
+    """The weights of `_difference` for a step (n_t, n_s) a slice, (B, views), zero beyond a slice's views."""
+    weights = [torch.tensor(_difference(scanner, *step)[1]) for step in steps]
+    return torch.nn.utils.rnn.pad_sequence(weights, batch_first=True).to(device)
 
 
 @dataclass(frozen=True)
@@ -59,22 +51,27 @@ class Degradation:
     scanner: PublishedScanner | Scanner = field(default_factory=PublishedScanner)
     official: bool = False
 
-    def operator(self, size: int, n_views: int):
-        """The projector P_n of size x size pixels (torch_radon)."""
-        return self.scanner.projector(size, self.scanner.theta(n_views))
-
-    def _degrade(self, n_views: int, x: torch.Tensor) -> torch.Tensor:
-        return self.operator(x.shape[-1], n_views).degrade(x, _view_weights(self.scanner, n_views, x.device))
+    def operator(self, size: int, n_views: int | list[int]) -> BaseRadon | Stack:
+        """The projector P_n of size x size pixels (torch_radon); for a list of counts the stack of theirs."""
+        if isinstance(n_views, int):
+            return self.scanner.projector(size, self.scanner.theta(n_views))
+        return Stack([self.operator(size, n) for n in n_views])
 
     def full(self, x: torch.Tensor) -> torch.Tensor:
         """R(x) = D(x, 720): what counts as ground truth."""
-        return Degradation(self.scanner.from_zero())._degrade(FULL_VIEWS, x)
+        return Degradation(self.scanner.from_zero())(x, FULL_VIEWS)
 
     def __call__(self, x: torch.Tensor, n_views: int | list[int]) -> torch.Tensor:
         """D(x, n)."""
         if self.official:
             x = self.full(x)
-        return _per_group(self._degrade, [n_views] * len(x) if isinstance(n_views, int) else n_views, x)
+        if not isinstance(n_views, int) and len(set(n_views)) == 1:
+            n_views = n_views[0]
+        if isinstance(n_views, int):
+            weights = _view_weights(self.scanner, n_views, x.device)
+        elif weights := [w for n in n_views if (w := _view_weights(self.scanner, n, x.device)) is not None] or None:
+            weights = torch.nn.utils.rnn.pad_sequence(weights, batch_first=True)
+        return self.operator(x.shape[-1], n_views).degrade(x, weights)
 
     def project(self, x: torch.Tensor, n_views: int | list[int]) -> torch.Tensor | list[torch.Tensor]:
         """Sinograms y = P_n x: (B, 1, n, bins), or for a list of view counts a list of (1, n, bins)."""
@@ -93,11 +90,9 @@ class Degradation:
         """x_s = x_t - D(x0_hat, n_t) + D(x0_hat, n_s), in one projection, filter and backprojection of merged views."""
         if self.official:
             x0_hat = self.full(x0_hat)
-
-        def step(key, x, estimate):
-            if key[0] == key[1]:
-                return x
-            projector = self.scanner.projector(x.shape[-1], _difference(self.scanner, *key)[0])
-            return x + projector.degrade(estimate, _difference_weights(self.scanner, *key, x.device))
-
-        return _per_group(step, list(zip(n_t, n_s, strict=True)), x_t, x0_hat)
+        steps, size = tuple(zip(n_t, n_s, strict=True)), x_t.shape[-1]
+        projectors = [self.scanner.projector(size, _difference(self.scanner, *step)[0]) for step in steps]
+        weights = _difference_weights(self.scanner, steps, x_t.device)
+        if len(set(steps)) == 1:
+            return x_t + projectors[0].degrade(x0_hat, weights[0])
+        return x_t + Stack(projectors).degrade(x0_hat, weights)
