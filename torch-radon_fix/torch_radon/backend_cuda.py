@@ -32,6 +32,7 @@ from . import backend_torch
 from .filtering import detector_weight, filter_matrix
 from .geometry import PAD, Geometry, Stacked, ray_samples, used_bins
 
+TAKES_STACKS = True
 RAY_BITS = tl.constexpr(32)    # binary places of ray coordinates
 STEP_BITS = tl.constexpr(30)   # and of the steps between samples, at most 1
 UNIT = tl.constexpr(2.0**-32)
@@ -500,8 +501,8 @@ def _spread(scans: tuple[Geometry, ...], batch: int, most: int) -> tuple[int, li
 def _make_blocks(geometry: Geometry | Stacked, batch: int, most: int, tables: _Tables) -> _Blocks:
     scans, device = geometry.scans, tables.device
     lanes, spread = _spread(scans, batch, most)
-    keep = {scan.key for scan in scans}
-    on_device = {scan.key: tables.scan(scan, keep) for scan in scans}
+    different = {scan.key: scan for scan in scans}
+    on_device = {key: tables.scan(scan, different) for key, scan in different.items()}
     rows, images = np.full((len(spread), ENTRY.value + lanes), -1, np.int64), np.empty((batch, 4), np.int64)
     for block, (i, members) in enumerate(spread):
         views, table = scans[i].n_angles, on_device[scans[i].key]
