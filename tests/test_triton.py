@@ -236,6 +236,8 @@ COMPILED = {
     "pack half as float": ("_pack", PACK | {"source": HALF, "SINOGRAM": True, "TURNED": False, "LANES": 8}, 4, 0),
     "forward": ("_project", RAYS, 4, 4),
     "forward half": ("_project", RAYS | {"image": HALF, "LANES": 8}, 4, 4),
+    "forward of few": ("_project", RAYS | {"STEPS": 16}, 8, 4),
+    "forward half of few": ("_project", RAYS | {"image": HALF, "LANES": 8, "STEPS": 16}, 8, 4),
     "forward one": ("_project", RAYS | ONE, 8, 0),
     "forward two": ("_project", RAYS | ONE | {"LANES": 2}, 8, 0),
     "forward transposed": ("_project_transpose", RAYS | {"GROUPS": 2}, 2, 2),

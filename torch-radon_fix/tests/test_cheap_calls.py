@@ -7,10 +7,11 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch_radon import RadonFanbeam, Stack, operators
+from torch_radon import RadonFanbeam, Stack, operators, solvers
 from torch_radon.solvers import cg, cgne
 
 backend_cuda = pytest.importorskip("torch_radon.backend_cuda", reason="Triton is not installed")
+from torch_radon import solvers_cuda  # noqa: E402 (it needs Triton too)
 
 
 def fan(views, start=0.0):
@@ -41,7 +42,7 @@ def dispatched(call):
 def launches(monkeypatch):
     """The kernels are replaced by nothing; the names of those launched. CPU tensors go the way of CUDA's."""
     names = []
-    monkeypatch.setattr(backend_cuda, "_launch", lambda kernel, *arguments: names.append(kernel.__name__))
+    monkeypatch.setattr(backend_cuda, "_launch", lambda kernel, *rest: names.append(kernel.__name__))
     monkeypatch.setattr(operators, "backend_for", lambda tensor, geometry: backend_cuda)
     monkeypatch.setattr(backend_cuda, "_devices", {})
     return names
@@ -49,6 +50,57 @@ def launches(monkeypatch):
 
 def images(batch, device="cuda"):
     return torch.zeros(batch, 1, 64, 64, device=device)
+
+
+def test_launches_give_what_the_kernels_take(monkeypatch):
+    """In the kernel's order, and every number one that Triton does not specialise: `_launch` relies on both."""
+    seen = set()
+
+    def launch(kernel, grid, arguments, constants, num_warps=4):
+        seen.add(kernel.__name__)
+        assert kernel.arg_names[len(arguments):] == list(constants)
+        numbers = [n for n, a in zip(kernel.arg_names, arguments, strict=False) if isinstance(a, int)]
+        assert set(numbers) <= {*backend_cuda.SIZES, *solvers_cuda.SIZES}
+        assert len(grid) == 3 and all(0 < size < 2**31 for size in grid) and max(grid[1:]) < 2**16
+
+    for module in (backend_cuda, solvers_cuda):
+        monkeypatch.setattr(module, "_launch", launch)
+    monkeypatch.setattr(operators, "backend_for", lambda tensor, geometry: backend_cuda)
+    monkeypatch.setattr(backend_cuda, "_devices", {})
+    monkeypatch.setattr(solvers, "_kernels", lambda *tensors: solvers_cuda)
+    monkeypatch.setattr(solvers, "_check", lambda x, residual: x)  # the values mean nothing
+    monkeypatch.setattr(solvers._Stopped, "__call__", lambda *arguments: False)
+    for call in work(STACK, "cpu").values():
+        call()
+    backend_cuda.backproject_transpose(fan(5).geometry, images(3, "cpu")[:, 0])
+    assert seen == {"_pack", "_project", "_project_transpose", "_smear", "_smear_transpose", "_filter", "_dot",
+                    "_advance", "_turn"}
+
+
+def test_what_was_compiled_once_is_launched_without_triton(monkeypatch):
+    log = []
+
+    class Compiled:
+        def __getitem__(self, grid):
+            return lambda *arguments: log.append(("compiled", grid, arguments))
+
+    class Kernel:
+        __name__ = "kernel"
+
+        def __getitem__(self, grid):
+            def run(*arguments, **options):
+                log.append(("kernel", grid, arguments, options))
+                return Compiled()
+
+            return run
+
+    monkeypatch.setattr(backend_cuda, "_compiled", {})
+    x, half = torch.zeros(2), torch.zeros(2, dtype=torch.float16)
+    for tensor, constant in ((x, 4), (x, 4), (x, 8), (half, 4), (x, 8)):
+        backend_cuda._launch(Kernel(), (1, 2, 3), (tensor, 7), {"LANES": constant}, 2)
+    assert [entry[0] for entry in log] == ["kernel", "compiled", "kernel", "kernel", "compiled"]
+    assert log[0][1:] == ((1, 2, 3), (x, 7), {"LANES": 4, "num_warps": 2})
+    assert log[1][1:] == ((1, 2, 3), (x, 7, 4)) and log[4][2] == (x, 7, 8)
 
 
 STACK = [fan(n, 0.01 * n) for n in range(5, 37)]  # 32 different counts
@@ -150,7 +202,7 @@ def test_tables_on_the_device_are_bounded(launches, monkeypatch):
     tables = backend_cuda._devices[x.device]
     sizes = {views: 8 * (backend_cuda.VIEW.value + 4 * 92) * views for views in range(5, 10)}
     assert [t.nbytes for t in tables.tables.values()] == [sizes[9], sizes[7], sizes[8]]
-    monkeypatch.setattr(backend_cuda, "TABLE_BYTES", sizes[9] + sizes[7] + sizes[6])
+    monkeypatch.setattr(backend_cuda, "TABLE_BYTES", sizes[9] + sizes[8] + sizes[6])
     fan(9).forward(x[:1])
     fan(6).forward(x[:1])
     assert [t.nbytes for t in tables.tables.values()] == [sizes[8], sizes[9], sizes[6]]

@@ -438,7 +438,10 @@ def _scan_table(geometry: Geometry, device: torch.device) -> torch.Tensor:
 
 
 class _Tables:
-    """The scans' tables on one device, the least recently used ones dropped where there are more than TABLE_BYTES."""
+    """The scans' tables on one device, and the blocks made of them.
+
+    Beyond TABLE_BYTES the tables go that were put into blocks longest ago, and all blocks, which hold their addresses.
+    """
 
     def __init__(self, device: torch.device):
         self.device, self.tables, self.bytes, self.blocks = device, OrderedDict(), 0, OrderedDict()
@@ -461,7 +464,7 @@ class _Tables:
             if self.bytes <= TABLE_BYTES:
                 break
             self.bytes -= self.tables.pop(key).nbytes
-            self.blocks.clear()  # their addresses
+            self.blocks.clear()
 
 
 @dataclass(frozen=True, eq=False)
@@ -606,7 +609,7 @@ def _pack_sinogram(blocks: _Blocks, sinogram: torch.Tensor, front: int, back: in
 
 def _launch_project(blocks: _Blocks, packed: torch.Tensor, sinogram: torch.Tensor, first: int):
     scan, bins = blocks.scan, sinogram.shape[-1]
-    few = blocks.lanes < 4  # little work: more warps a ray, each with fewer steps to wait for
+    few = blocks.count * blocks.n_max < 256 or blocks.lanes < 4  # little work: more warps a ray, each with fewer steps
     _launch(_project, (-(-bins // BINS) * blocks.n_max, blocks.count, 1),
             (packed, sinogram, blocks.rows, scan.height, scan.width, first, blocks.used, bins, blocks.n_max,
              blocks.count),

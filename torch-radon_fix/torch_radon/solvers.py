@@ -196,7 +196,8 @@ def cgne(operator, x: torch.Tensor, y: torch.Tensor, callback=None, max_iter: in
         x, r = _copy(x), r.contiguous()
         weighing = None if weights is None else _copy(weights.expand_as(y))
         if target is not None:
-            target = torch.as_tensor(target, dtype=x.dtype, device=x.device).expand_as(ss).flatten()
+            target = (target.to(ss) if isinstance(target, torch.Tensor) else torch.full_like(ss, target)).expand_as(ss)
+            target = _copy(target).flatten()
             if target_weights is not None:
                 target_weights = _copy(target_weights.expand_as(y))
 
