@@ -11,7 +11,7 @@ from .stack import Stack
 from .utils import normalize_shape
 from .v2 import ConeBeam, FanBeam, ParallelBeam, Volume2D, Volume3D
 
-__version__ = "1.1.0"
+__version__ = "1.2.0"
 __all__ = ["BaseRadon", "ConeBeam", "FanBeam", "FourierFilters", "ParallelBeam", "Radon", "RadonBackprojection",
            "RadonFanbeam", "RadonForward", "ReadingsLookup", "Stack", "Volume2D", "Volume3D", "compute_lookup_table",
            "normalize_shape", "solvers", "transmission_noise", "v2", "volumes"]

@@ -11,10 +11,11 @@ are the same at every call.
 
 The transposes gather, without atomics. A view's samples lie about a pixel apart, so each pixel meets about four: with
 atomics, 720 views of 256 x 256 pixels add 191 million floats a slice, at least 150 us of an H200's L2 cache (160 G
-sectors/s) even if eight always met in one sector; measured were 1440 us. Gathered, a pixel looks at three or four rays
-of a view and at four samples of each: about 300 instructions for one image and 330 for eight, 68 us a slice of eight at
-29 T instructions/s, where the projection takes 98. The transposed backprojection walks along the rays as the projection
-does and reads four to six pixels of each row: about 125 instructions for four images, 74 us a slice.
+sectors/s) even if eight always met in one sector; measured were 1440 us, where the projection takes 98. Gathered, a
+pixel looks at three or four rays of a view and at four samples of each, about 500 instructions of compiled code for one
+image and 550 for eight side by side: 47 million pixels x 550 / 29 T instructions/s = 110 us for a slice of eight. The
+transposed backprojection walks along the rays as the projection does and reads four to six pixels of each row: about
+250 instructions for four images, 150 us a slice.
 """
 
 import math
@@ -32,9 +33,10 @@ from . import backend_torch
 from .filtering import detector_weight, filter_matrix
 from .geometry import PAD, Geometry, Stacked, ray_samples, used_bins
 
+TAKES_STACKS = True
 RAY_BITS = tl.constexpr(32)    # binary places of ray coordinates
 STEP_BITS = tl.constexpr(30)   # and of the steps between samples, at most 1
-UNIT = tl.constexpr(2.0**-32)
+STEP = tl.constexpr(2.0**-30)
 PIXEL_BITS = tl.constexpr(40)  # and of pixel coordinates, which are multiplied by a bin number
 PIXEL = tl.constexpr(2.0**-40)
 BEFORE, AFTER = tl.constexpr(2), tl.constexpr(1)  # zero bins around a packed sinogram row: bins 0 and 1 read nothing
@@ -70,12 +72,38 @@ def _block(blocks, width: tl.constexpr):
 
 @triton.jit
 def _rays(table, views, view, k, used, inside):
-    """First sample, step (fixed-point), number of samples and their distance of rays k of a view."""
+    """First sample (RAY_BITS), step (STEP_BITS, int32), number of samples and their distance of rays k of a view."""
     ray = table + views * VIEW + view * 4 * used + k
     x, y = tl.load(ray, mask=inside, other=0), tl.load(ray + used, mask=inside, other=0)
     step, rest = tl.load(ray + 2 * used, mask=inside, other=0), tl.load(ray + 3 * used, mask=inside, other=0)
-    dx, dy = (step >> 32) << (RAY_BITS - STEP_BITS), (step << 32) >> (32 - RAY_BITS + STEP_BITS)
-    return x, y, dx, dy, (rest >> 32).to(tl.int32), rest.to(tl.int32).to(tl.float32, bitcast=True)
+    return (x, y, (step >> 32).to(tl.int32), step.to(tl.int32), (rest >> 32).to(tl.int32),
+            rest.to(tl.int32).to(tl.float32, bitcast=True))
+
+
+@triton.jit
+def _position(record, q, r, i, j, FAN: tl.constexpr):
+    """Bin position N / D in a packed row of the pixel i columns and j rows from pixel (q, r), and 1 / D.
+
+    N and D are affine in column and row. The position is an integer, that of (q, r), and the rest: exact at (q, r), and
+    what the few pixels to the others add is small, so that float32 is enough for it.
+    """
+    n_q, n_r = tl.load(record + 2), tl.load(record + 3)
+    n = tl.load(record + 1) + n_q * q + n_r * r
+    step_q, step_r = n_q.to(tl.float32) * PIXEL, n_r.to(tl.float32) * PIXEL
+    if FAN:
+        d_q, d_r = tl.load(record + 5), tl.load(record + 6)
+        d = tl.load(record + 4) + d_q * q + d_r * r
+        inverse = 16777216.0 / (d >> (PIXEL_BITS - 24)).to(tl.int32).to(tl.float32)
+        whole = ((n >> (PIXEL_BITS - 16)).to(tl.int32).to(tl.float32) * (inverse / 65536.0)).to(tl.int32)
+        rest = ((n - whole * d) >> (PIXEL_BITS - 24)).to(tl.int32).to(tl.float32) * (inverse / 16777216.0)
+        depth_q, depth_r = d_q.to(tl.float32) * PIXEL, d_r.to(tl.float32) * PIXEL
+        bin = whole.to(tl.float32) + rest
+        inverse = 1 / (d.to(tl.float32) * PIXEL + depth_q * i + depth_r * j)
+        rest += ((step_q - bin * depth_q) * i + (step_r - bin * depth_r) * j) * inverse
+    else:
+        whole, inverse = (n >> PIXEL_BITS).to(tl.int32), 1.0
+        rest = _fraction(n, PIXEL_BITS) + step_q * i + step_r * j
+    return whole, rest, inverse
 
 
 @triton.jit(do_not_specialize=SIZES, do_not_specialize_on_alignment=("source",))
@@ -131,6 +159,7 @@ def _project(image, sinogram, blocks, height, width, first, used, bins, n_max, n
     lane = tl.arange(0, LANES)
     total = tl.zeros((STEPS, BINS, LANES), tl.float32)
     j = tl.arange(0, STEPS)[:, None]
+    dx, dy = dx.to(tl.int64) << (RAY_BITS - STEP_BITS), dy.to(tl.int64) << (RAY_BITS - STEP_BITS)
     x, y = x[None, :] + j * dx[None, :], y[None, :] + j * dy[None, :]
     for start in range(0, tl.max(count), STEPS):
         active = start + j < count[None, :]
@@ -151,8 +180,8 @@ def _project(image, sinogram, blocks, height, width, first, used, bins, n_max, n
 
 
 @triton.jit(do_not_specialize=SIZES)
-def _project_transpose(sinogram, image, blocks, height, width, used, n_max, batch, chunks, TILE: tl.constexpr,
-                       LANES: tl.constexpr, GROUPS: tl.constexpr):
+def _project_transpose(sinogram, image, blocks, height, width, used, n_max, batch, chunks, FAN: tl.constexpr,
+                       TILE: tl.constexpr, LANES: tl.constexpr, GROUPS: tl.constexpr):
     """Packed sinograms -> images (chunks, batch, height, width), each the sum over its share of the views.
 
     A sample of a ray adds to the texels less than a pixel from it along x and along y. So a pixel reads the rays that
@@ -163,7 +192,8 @@ def _project_transpose(sinogram, image, blocks, height, width, used, n_max, batc
     tiles = tl.cdiv(width, TILE)
     block, chunk = tl.program_id(1).to(tl.int64), tl.program_id(2)
     i = tl.arange(0, TILE * TILE)
-    r, q = tl.program_id(0) // tiles * TILE + i // TILE, tl.program_id(0) % tiles * TILE + i % TILE
+    r_0, q_0 = tl.program_id(0) // tiles * TILE, tl.program_id(0) % tiles * TILE
+    r, q = r_0 + i // TILE, q_0 + i % TILE
     lane = tl.arange(0, LANES)[None, :]
     sinogram += block * n_max * used * (LANES * GROUPS)
     total = tl.zeros((TILE * TILE, LANES), tl.float32)
@@ -173,11 +203,9 @@ def _project_transpose(sinogram, image, blocks, height, width, used, n_max, batc
         record = table + view * VIEW
         flip, window = tl.load(record) & 1, tl.load(record + 7)
         candidates = (window >> 32).to(tl.int32)
-        n = tl.load(record + 1) + tl.load(record + 2) * q + tl.load(record + 3) * r
-        d = tl.load(record + 4) + tl.load(record + 5) * q + tl.load(record + 6) * r
         reach = window.to(tl.int32).to(tl.float32, bitcast=True)
-        lowest = tl.floor(n.to(tl.float32) / d.to(tl.float32) - BEFORE - reach).to(tl.int32) + 1
-        lowest = tl.where(candidates >= used, 0, lowest)
+        whole, rest, inverse = _position(record, q_0, r_0, (q - q_0).to(tl.float32), (r - r_0).to(tl.float32), FAN)
+        lowest = tl.where(candidates >= used, 0, whole - BEFORE + 1 + tl.floor(rest - reach).to(tl.int32))
         column, row = tl.where(flip != 0, r, q) + MARGIN, tl.where(flip != 0, q, r) + MARGIN
         column, row = column.to(tl.int64) << RAY_BITS, row.to(tl.int64) << RAY_BITS
         for candidate in range(0, candidates):
@@ -186,14 +214,16 @@ def _project_transpose(sinogram, image, blocks, height, width, used, n_max, batc
             k = tl.where(inside, k, 0)
             x, y, dx, dy, count, length = _rays(table, views, view, k, used, inside)
             x, y = x - column, y - row
-            steep = tl.abs(dy) > tl.abs(dx)
-            step, offset = tl.where(steep, dy, dx), tl.where(steep, y, x)
-            offset = tl.where(step > 0, offset, -offset).to(tl.float32) * UNIT
-            step = tl.where(count > 0, tl.abs(step).to(tl.float32) * UNIT, 1.0)
-            start = tl.floor((-offset - 1.001) / step).to(tl.int32) + 1
-            start = tl.maximum(tl.minimum(start, count - 4), 0)
-            fx, fy = (x + start * dx).to(tl.float32) * UNIT, (y + start * dy).to(tl.float32) * UNIT
-            step_x, step_y = dx.to(tl.float32) * UNIT, dy.to(tl.float32) * UNIT
+            step_x, step_y = dx.to(tl.float32) * STEP, dy.to(tl.float32) * STEP
+            steep = tl.abs(step_y) > tl.abs(step_x)
+            step = tl.where(steep, step_y, step_x)
+            offset = (tl.where(steep, y, x) >> (RAY_BITS - 16)).to(tl.int32).to(tl.float32) / 65536.0
+            start = (tl.where(step > 0, -offset, offset) - 1.001) / tl.where(count > 0, tl.abs(step), 1.0)
+            start = tl.maximum(tl.minimum(tl.floor(start).to(tl.int32) + 1, count - 4), 0)
+            x += (start.to(tl.int64) * dx.to(tl.int64)) << (RAY_BITS - STEP_BITS)
+            y += (start.to(tl.int64) * dy.to(tl.int64)) << (RAY_BITS - STEP_BITS)
+            fx = (x >> RAY_BITS).to(tl.int32).to(tl.float32) + _fraction(x, RAY_BITS)
+            fy = (y >> RAY_BITS).to(tl.int32).to(tl.float32) + _fraction(y, RAY_BITS)
             weight = tl.zeros((TILE * TILE,), tl.float32)
             for j in tl.static_range(4):
                 near = tl.maximum(1 - tl.abs(fx), 0.0) * tl.maximum(1 - tl.abs(fy), 0.0)
@@ -217,15 +247,12 @@ def _project_transpose(sinogram, image, blocks, height, width, used, n_max, batc
 @triton.jit(do_not_specialize=SIZES)
 def _smear(sinogram, image, blocks, height, width, bins, n_max, diameter, scale, FAN: tl.constexpr,
            SQUARED: tl.constexpr, TILE: tl.constexpr, LANES: tl.constexpr):
-    """Packed sinograms -> images (batch, height, width).
-
-    Bin position N / D of a pixel, N and D affine in its column and row: floor and remainder of that division are exact
-    in integers. Weight scale / D, or scale / D^2 if SQUARED; D is 1 for a parallel beam.
-    """
+    """Packed sinograms -> images (batch, height, width). The weight is scale / D, or scale / D^2 if SQUARED."""
     table, views, lanes = _block(blocks, LANES)
     tiles = tl.cdiv(width, TILE)
     i = tl.arange(0, TILE * TILE)
-    r, q = tl.program_id(0) // tiles * TILE + i // TILE, tl.program_id(0) % tiles * TILE + i % TILE
+    r_0, q_0 = tl.program_id(0) // tiles * TILE, tl.program_id(0) % tiles * TILE
+    r, q = r_0 + i // TILE, q_0 + i % TILE
     x, y = 2 * q - width + 1, 2 * r - height + 1  # twice the coordinates: integers
     seen = (r < height) & (q < width) & (x * x + y * y <= diameter * diameter)
     lane = tl.arange(0, LANES)[None, :]
@@ -234,20 +261,15 @@ def _smear(sinogram, image, blocks, height, width, bins, n_max, diameter, scale,
     total = tl.zeros((TILE * TILE, LANES), tl.float32)
     for view in range(views):
         record = table + view * VIEW
-        n = tl.load(record + 1) + tl.load(record + 2) * q + tl.load(record + 3) * r
-        if FAN:
-            d = tl.load(record + 4) + tl.load(record + 5) * q + tl.load(record + 6) * r
-            weight = 16777216.0 / (d >> (PIXEL_BITS - 24)).to(tl.int32).to(tl.float32)  # 1 / D
-            k = ((n >> (PIXEL_BITS - 16)).to(tl.int32).to(tl.float32) * (weight / 65536.0)).to(tl.int32)
-            f = ((n - k * d) >> (PIXEL_BITS - 24)).to(tl.int32).to(tl.float32) * (weight / 16777216.0)
-        else:
-            k, f, weight = (n >> PIXEL_BITS).to(tl.int32), _fraction(n, PIXEL_BITS), 1.0
+        whole, rest, weight = _position(record, q_0, r_0, (q - q_0).to(tl.float32), (r - r_0).to(tl.float32), FAN)
+        lower = tl.floor(rest)
+        k, f = whole + lower.to(tl.int32), rest - lower
         if SQUARED:
             weight *= weight
         hit = (k >= BEFORE - 1) & (k < bins + BEFORE)
-        lower = sinogram + (view * row_length + tl.where(hit, k, 0))[:, None] * LANES + lane
-        total = tl.fma(tl.load(lower).to(tl.float32), (weight * (1 - f))[:, None], total)
-        total = tl.fma(tl.load(lower + LANES).to(tl.float32), (weight * f)[:, None], total)
+        place = sinogram + (view * row_length + tl.where(hit, k, 0))[:, None] * LANES + lane
+        total = tl.fma(tl.load(place).to(tl.float32), (weight * (1 - f))[:, None], total)
+        total = tl.fma(tl.load(place + LANES).to(tl.float32), (weight * f)[:, None], total)
     b = tl.load(lanes + lane)
     place = image + b * (height * width) + (r * width + q)[:, None]
     exists = ((r < height) & (q < width))[:, None] & (b >= 0)
@@ -437,7 +459,10 @@ def _scan_table(geometry: Geometry, device: torch.device) -> torch.Tensor:
 
 
 class _Tables:
-    """The scans' tables on one device, the least recently used ones dropped where there are more than TABLE_BYTES."""
+    """The scans' tables on one device, and the blocks made of them.
+
+    Beyond TABLE_BYTES the tables go that were put into blocks longest ago, and all blocks, which hold their addresses.
+    """
 
     def __init__(self, device: torch.device):
         self.device, self.tables, self.bytes, self.blocks = device, OrderedDict(), 0, OrderedDict()
@@ -460,7 +485,7 @@ class _Tables:
             if self.bytes <= TABLE_BYTES:
                 break
             self.bytes -= self.tables.pop(key).nbytes
-            self.blocks.clear()  # their addresses
+            self.blocks.clear()
 
 
 @dataclass(frozen=True, eq=False)
@@ -500,8 +525,8 @@ def _spread(scans: tuple[Geometry, ...], batch: int, most: int) -> tuple[int, li
 def _make_blocks(geometry: Geometry | Stacked, batch: int, most: int, tables: _Tables) -> _Blocks:
     scans, device = geometry.scans, tables.device
     lanes, spread = _spread(scans, batch, most)
-    keep = {scan.key for scan in scans}
-    on_device = {scan.key: tables.scan(scan, keep) for scan in scans}
+    different = {scan.key: scan for scan in scans}
+    on_device = {key: tables.scan(scan, different) for key, scan in different.items()}
     rows, images = np.full((len(spread), ENTRY.value + lanes), -1, np.int64), np.empty((batch, 4), np.int64)
     for block, (i, members) in enumerate(spread):
         views, table = scans[i].n_angles, on_device[scans[i].key]
@@ -605,7 +630,7 @@ def _pack_sinogram(blocks: _Blocks, sinogram: torch.Tensor, front: int, back: in
 
 def _launch_project(blocks: _Blocks, packed: torch.Tensor, sinogram: torch.Tensor, first: int):
     scan, bins = blocks.scan, sinogram.shape[-1]
-    few = blocks.lanes < 4  # little work: more warps a ray, each with fewer steps to wait for
+    few = blocks.count * blocks.n_max < 256 or blocks.lanes < 4  # little work: more warps a ray, each with fewer steps
     _launch(_project, (-(-bins // BINS) * blocks.n_max, blocks.count, 1),
             (packed, sinogram, blocks.rows, scan.height, scan.width, first, blocks.used, bins, blocks.n_max,
              blocks.count),
@@ -617,7 +642,7 @@ def _launch_smear(blocks: _Blocks, packed: torch.Tensor, image: torch.Tensor):
     _launch(_smear, (-(-scan.height // TILE) * -(-scan.width // TILE), blocks.count, 1),
             (packed, image, blocks.rows, scan.height, scan.width, blocks.used, blocks.n_max, blocks.diameter,
              blocks.scale),
-            {"FAN": scan.fan, "SQUARED": scan.fan and scan.weights == "fdk", "TILE": TILE, "LANES": blocks.lanes})
+            {"FAN": scan.fan, "SQUARED": scan.fan and scan.weights == "fdk", "TILE": TILE, "LANES": blocks.lanes}, 2)
 
 
 def _launch_filter(blocks: _Blocks, sinogram: torch.Tensor, matrix: torch.Tensor, view_weights: torch.Tensor | None,
@@ -659,7 +684,7 @@ def forward_transpose(geometry: Geometry | Stacked, sinogram: torch.Tensor) -> t
         tiles = -(-scan.height // SMALL_TILE) * -(-scan.width // SMALL_TILE)
         _launch(_project_transpose, (tiles, blocks.count, chunks),
                 (packed, image, blocks.rows, scan.height, scan.width, blocks.used, blocks.n_max, batch, chunks),
-                {"TILE": SMALL_TILE, "LANES": blocks.lanes // groups, "GROUPS": groups}, 2)
+                {"FAN": scan.fan, "TILE": SMALL_TILE, "LANES": blocks.lanes // groups, "GROUPS": groups}, 1)
         return image[0] if chunks == 1 else image.sum(0)
 
 

@@ -65,7 +65,7 @@ def _register(geometry: Geometry | Stacked) -> str:
 def _on_backend(x: torch.Tensor, geometry: Geometry | Stacked, kernel: str, *arguments) -> torch.Tensor:
     """A kernel of (B, ..., ...): contiguous, in float32 where the backend cannot store float16, whatever autocast says.
 
-    A stack of scans is one call on CUDA; elsewhere a call each, or as many as the fast CPU backend needs.
+    A stack of scans is one call of the CUDA backend; the others go scan by scan.
     """
     if x.dtype == torch.float16 and backend_for(x, geometry) is backend_torch:
         x = x.float()
@@ -75,7 +75,7 @@ def _on_backend(x: torch.Tensor, geometry: Geometry | Stacked, kernel: str, *arg
     if torch.is_autocast_enabled(x.device.type):
         with torch.autocast(x.device.type, enabled=False):
             return _on_backend(x, geometry, kernel, *arguments)
-    if isinstance(geometry, Geometry) or x.device.type == "cuda" and backend is not backend_torch:
+    if isinstance(geometry, Geometry) or hasattr(backend, "TAKES_STACKS"):
         return getattr(backend, kernel)(geometry, x, *arguments)
     return backend_torch.by_scan(getattr(backend, kernel), geometry, x, *arguments)
 
@@ -247,9 +247,10 @@ class BaseRadon:
     fourier_filters = FourierFilters()
 
     def __init__(self, angles, rays_cfg: Geometry):
-        self._geometry = rays_cfg
+        angles = _angles(angles)
         with torch.inference_mode(False):
-            self.angles = -torch.tensor(_angles(angles), dtype=torch.float32)
+            negated = torch.from_numpy(-np.array(angles, np.float32))  # of values even among fake tensors
+        self._keep(replace(rays_cfg, angles=angles), negated)
         self.resolution = (rays_cfg.height if rays_cfg.height == rays_cfg.width
                            else (rays_cfg.height, rays_cfg.width))
         self.det_count = rays_cfg.det_count
@@ -272,8 +273,11 @@ class BaseRadon:
         if negated.is_inference():  # counts no changes in place
             with torch.inference_mode(False):
                 negated = negated.clone()
-        self._geometry = replace(self._geometry, angles=_angles(-negated))
-        self._angles, self._version, self._registered = negated, negated._version, _register(self._geometry)
+        self._keep(replace(self._geometry, angles=_angles(-negated)), negated)
+
+    def _keep(self, geometry: Geometry, negated: torch.Tensor):
+        self._geometry, self._angles, self._version = geometry, negated, negated._version
+        self._registered = _register(geometry)
 
     @property
     def geometry(self) -> Geometry:

@@ -30,10 +30,14 @@ def _ratio(a: torch.Tensor, b: torch.Tensor, active: torch.Tensor) -> torch.Tens
     return torch.where(active, a / torch.where(active, b, 1), 0)
 
 
+def _copy(x: torch.Tensor) -> torch.Tensor:
+    return x.clone(memory_format=torch.contiguous_format)
+
+
 def _check(x: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
     """x. Where the residual is not finite: an error, or on CUDA, where asking would wait, NaN."""
     if x.is_cuda:
-        return torch.where(torch.isfinite(residual).flatten(-2).all(-1)[..., None, None], x, torch.nan)
+        return torch.where(torch.isfinite(residual).all(-1, True).all(-2, True), x, torch.nan)
     if not torch.isfinite(residual).all():
         raise ValueError("y - forward(x) holds NaN or infinity; expected finite x and y")
     return x
@@ -131,7 +135,7 @@ def cg(forward, x: torch.Tensor, y: torch.Tensor, callback=None, max_iter: int =
     p, rr, limit, values = r, _dot(r, r, dims), tol**2 * _dot(y, y, dims), []
     active, stopped = rr > limit, _Stopped(x, callback)
     if kernels := _kernels(x, y, r):
-        x, r = x.clone(memory_format=torch.contiguous_format), r.contiguous()
+        x, r = _copy(x), r.contiguous()
         look = callback and (lambda: report(x.reshape(shape), r.reshape(shape)))
         values = kernels.iterate(forward, lambda: r, x, r, r, rr, active, limit, max_iter, stopped, symmetric=True,
                                  report=look)
@@ -189,13 +193,19 @@ def cgne(operator, x: torch.Tensor, y: torch.Tensor, callback=None, max_iter: in
     active, stopped = unsettled(), _Stopped(x, callback)
     given = [t for t in (weights, None if target is None else target_weights) if t is not None]
     if kernels := _kernels(x, y, r, s, *given):
-        x, r = x.clone(memory_format=torch.contiguous_format), r.contiguous()
-        weighing = None if weights is None else weights.broadcast_to(y.shape).contiguous()
+        x, r = _copy(x), r.contiguous()
+        weighing = None if weights is None else _copy(weights.expand_as(y))
         if target is not None:
-            target = torch.as_tensor(target, dtype=x.dtype, device=x.device).broadcast_to(ss.shape).flatten()
+            target = (target.to(ss) if isinstance(target, torch.Tensor) else torch.full_like(ss, target)).expand_as(ss)
+            target = _copy(target).flatten()
             if target_weights is not None:
-                target_weights = target_weights.broadcast_to(y.shape).contiguous()
-        values = kernels.iterate(operator.forward, gradient, x, r, s, ss, active, limit, max_iter, stopped,
+                target_weights = _copy(target_weights.expand_as(y))
+
+        def next_gradient():
+            s = transpose(weighted(r))
+            return torch.sub(s, x - start, alpha=damp**2) if damp else s
+
+        values = kernels.iterate(operator.forward, next_gradient, x, r, s, ss, active, limit, max_iter, stopped,
                                  weights=weighing, pull=damp**2, target=target, target_weights=target_weights,
                                  report=callback and (lambda: report(x, r)))
         max_iter = 0

@@ -5,6 +5,8 @@ of each sample's gradient, and 1 where it goes on, 0 where it has stopped and st
 pieces: `dot` leaves (samples, pieces) to whoever needs the sum, who adds the pieces up, always in the same order.
 """
 
+from contextlib import nullcontext
+
 import torch
 import triton
 import triton.language as tl
@@ -140,9 +142,9 @@ def iterate(forward, gradient, x, r, s, ss, active, limit, max_iter: int, stoppe
     direct, samples, values = _values_only(x), active.numel(), []
     dot, advance, turn = (_launch_dot, _launch_advance, _launch_turn) if direct else (_dot_op, _advance_op, _turn_op)
     p, state, limit = s.clone(), torch.stack([ss.flatten(), active.flatten().to(ss.dtype)]), limit.flatten()
-    with _on(x.device):
+    with _on(x.device) if direct else nullcontext():
         for _ in range(max_iter):
-            if stopped(lambda state=state: state[1]):
+            if stopped(lambda state=state: state.select(0, 1)):
                 break
             q = forward(p).contiguous()
             bend = dot(p, q, None, 1.0, samples) if symmetric else dot(q, q, weights, 1.0, samples)
