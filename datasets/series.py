@@ -37,6 +37,8 @@ class Slice:
     size: int = 0                    # side in pixels
     spacing: float | None = None     # mm between pixel centres
     kernel: str = ""
+    acquisition: str = ""            # what tells apart scans of one place
+    uid: str = ""                    # the same for a copy of the slice
     names: tuple[str, ...] = ()      # words that identify the patient
     warning: str = ""
     slope: float = 1.0
