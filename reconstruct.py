@@ -69,6 +69,8 @@ def arguments() -> Parser:
                         "INPUT is a series of slices, or says it itself)")
     parser.add_argument("--dataset", help="which array of an HDF5 file (default: its only one)")
     parser.add_argument("--series", type=int, help="which of several series, from 1 (default: the only one)")
+    parser.add_argument("--derived", action="store_true", help="DERIVED and SECONDARY images too: reformatted, or made "
+                        "by a program (default: left out)")
     parser.add_argument("--size", type=int, help="side in pixels (default: of a measurement the geometry's; else 256, "
                         "as trained, and for baselines the input's)")
     parser.add_argument("--format", choices=("dicom", *VOLUMES), default="dicom", help="of the output")
@@ -102,7 +104,7 @@ def originals_of(args, count: int) -> list:
     """Slices of --original, as many as the input has, or none. Raises InputError."""
     if args.original is None:
         return []
-    slices, _, _ = find_series(args.original, args.out)
+    slices, _, _ = find_series(args.original, args.out, derived=True)
     if slices[0].path.lower().endswith(NIFTI + ARRAYS):
         raise InputError(f"--original {args.original} is no DICOM series.")
     if len(slices) != count:
@@ -115,7 +117,7 @@ def simulated(args) -> Job:
     if args.views is None or not 1 <= args.views <= FULL_VIEWS:
         raise InputError(f"{args.input} holds images: say by --views how many to simulate, 1 to {FULL_VIEWS}. (For a "
                          "measured sinogram, describe its scanner by --geometry.)")
-    slices, names, problems = find_series(args.input, args.out, args.series)
+    slices, names, problems = find_series(args.input, args.out, args.series, args.derived)
     located = originals_of(args, len(slices)) or slices
     size = args.size or (slices[0].size if args.method in BASELINES else 256)
     return Job(

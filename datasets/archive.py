@@ -12,6 +12,7 @@ from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
+from functools import partial
 from itertools import groupby
 from operator import attrgetter
 from pathlib import Path
@@ -80,10 +81,10 @@ def _begin():
 
 
 @time_limit()
-def examine(path: str) -> tuple[list[Slice], list[Problem]]:
+def examine(path: str, derived: bool = False) -> tuple[list[Slice], list[Problem]]:
     """The slices of a file, and what is wrong with it."""
     try:
-        slices = scan(path)
+        slices = scan(path, derived)
     except Refused as error:
         verdict = LeftOut.verdict if os.path.basename(path) in COMPANIONS else error.verdict
         return [], [(path, verdict, str(error))]
@@ -118,11 +119,12 @@ def find_files(inputs: list[str], out: Path) -> tuple[dict[str, str], list[Probl
     return dict(sorted(files.items())), problems
 
 
-def read_headers(inputs: list[str], out: Path, workers: int) -> tuple[list[Slice], dict[str, str], list[Problem]]:
-    """(slices, {path: how it is shown}, problems) of all files below the inputs."""
+def read_headers(inputs: list[str], out: Path, workers: int,
+                 derived: bool = False) -> tuple[list[Slice], dict[str, str], list[Problem]]:
+    """(slices, {path: how it is shown}, problems) of all files below the inputs. derived: derived images too."""
     files, problems = find_files(inputs, out)
-    slices = []
-    for path, found in zip(files, parallel(examine, list(files), workers, "Reading headers"), strict=True):
+    slices, read = [], partial(examine, derived=derived)
+    for path, found in zip(files, parallel(read, list(files), workers, "Reading headers"), strict=True):
         more, notes = found or ([], [(path, "refused", DIED)])
         slices += more
         problems += notes
@@ -161,12 +163,13 @@ def group_series(slices: list[Slice]) -> list[list[Slice]]:
     return [list(group) for _, group in groupby(sorted(slices, key=key), key)]
 
 
-def find_series(path: Path, out: Path, number: int | None = None) -> tuple[list[Slice], list[str], list[Problem]]:
+def find_series(path: Path, out: Path, number: int | None = None,
+                derived: bool = False) -> tuple[list[Slice], list[str], list[Problem]]:
     """(slices from feet to head, how each is called in messages, problems, with these names) of one series.
 
     number: which of several, from 1. Files below `out` are not read. Raises InputError where no series is chosen.
     """
-    slices, shown, problems = read_headers([str(path)], out, workers=1)
+    slices, shown, problems = read_headers([str(path)], out, 1, derived)
     slices = name_patients(_with_manifest(slices))
     groups, hide = group_series(slices), pseudonymizer(slices, keep=False)
     if not groups:
