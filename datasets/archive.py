@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from datasets.formats import scan
 from datasets.privacy import pseudonymizer
-from datasets.series import LeftOut, Problem, Refused, Slice, order_series
+from datasets.series import LeftOut, Problem, Refused, Slice, order_series, split_series
 from datasets.slices import patient_of, patients_of, read_manifest
 from utils.errors import InputError
 
@@ -158,9 +158,9 @@ def name_patients(slices: list[Slice]) -> list[Slice]:
 
 
 def group_series(slices: list[Slice]) -> list[list[Slice]]:
-    """The slices of each series, sorted by patient and series."""
+    """The slices of each volume, sorted by patient and series: one series may hold several."""
     key = attrgetter("patient", "series")
-    return [list(group) for _, group in groupby(sorted(slices, key=key), key)]
+    return [part for _, group in groupby(sorted(slices, key=key), key) for part in split_series(list(group))]
 
 
 def find_series(path: Path, out: Path, number: int | None = None,
@@ -176,12 +176,22 @@ def find_series(path: Path, out: Path, number: int | None = None,
         reasons = "; ".join(f"{hide(shown.get(name, name))} {reason}" for name, _, reason in problems[:3])
         raise InputError(f"{path} holds no slices that can be used" + f" ({reasons})" * bool(reasons) + ".")
     if number is None and len(groups) > 1 or number is not None and not 1 <= number <= len(groups):
-        names = ", ".join(f"{i}: {len(group)} slices of {hide(Path(shown[group[0].path]).parent.as_posix())}"
-                          for i, group in enumerate(groups, 1))
+        folders = [Path(shown[group[0].path]).parent.as_posix() for group in groups]
+        names = ", ".join(hide(f"{i}: {len(group)} slices of {folder}" + _about(group) * (folders.count(folder) > 1))
+                          for i, (group, folder) in enumerate(zip(groups, folders, strict=True), 1))
         raise InputError(f"{path} holds {len(groups)} series ({names}); choose one by --series.")
     kept, more = order_series(groups[(number or 1) - 1])
     names = [hide(shown[one.path]) + (f", frame {one.frame}" if one.frame else "") for one in kept]
     return kept, names, [(hide(shown.get(name, name)), *rest) for name, *rest in problems + more]
+
+
+def _about(group):
+    # What may tell the series of one folder apart.
+    one, heights = group[0], [one.position for one in group if one.position is not None]
+    facts = (one.kernel and f"kernel {one.kernel}", one.spacing and f"pixels of {one.spacing:.3g} mm",
+             one.acquisition and f"acquisition {one.acquisition}",
+             heights and f"{min(heights):g} to {max(heights):g} mm")
+    return f" [{', '.join(filter(None, facts))}]"
 
 
 def _with_manifest(slices: list[Slice]) -> list[Slice]:

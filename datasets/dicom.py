@@ -108,7 +108,7 @@ def read_hu(path: str) -> np.ndarray:
     """All slices of a DICOM file, in its order: (N, H, W) float32 HU in [-1024, 3071], standard axial orientation."""
     dataset, slices = _parse(path, with_pixels=True, derived=True)
     signed = _optional(dataset, "PixelRepresentation") == 1
-    dataset.PixelRepresentation = int(signed)
+    dataset.add_new("PixelRepresentation", "US", int(signed))  # some files lack it
     padding = _optional(dataset, "PixelPaddingValue")
     padding = padding if isinstance(padding, int) else None
     with refuse_on_error("has pixels that cannot be decoded; is it truncated or damaged?"):
