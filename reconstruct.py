@@ -104,7 +104,7 @@ def originals_of(args, count: int) -> list:
     """Slices of --original, as many as the input has, or none. Raises InputError."""
     if args.original is None:
         return []
-    slices, _, _ = find_series(args.original, args.out, derived=True)
+    slices, _, _ = find_series(args.original, args.out, derived=args.derived)
     if slices[0].path.lower().endswith(NIFTI + ARRAYS):
         raise InputError(f"--original {args.original} is no DICOM series.")
     if len(slices) != count:
