@@ -69,6 +69,8 @@ def arguments() -> Parser:
                         "INPUT is a series of slices, or says it itself)")
     parser.add_argument("--dataset", help="which array of an HDF5 file (default: its only one)")
     parser.add_argument("--series", type=int, help="which of several series, from 1 (default: the only one)")
+    parser.add_argument("--derived", action="store_true", help="DERIVED and SECONDARY images too: reformatted, or made "
+                        "by a program (default: left out)")
     parser.add_argument("--size", type=int, help="side in pixels (default: of a measurement the geometry's; else 256, "
                         "as trained, and for baselines the input's)")
     parser.add_argument("--format", choices=("dicom", *VOLUMES), default="dicom", help="of the output")
@@ -102,7 +104,7 @@ def originals_of(args, count: int) -> list:
     """Slices of --original, as many as the input has, or none. Raises InputError."""
     if args.original is None:
         return []
-    slices, _, _ = find_series(args.original, args.out)
+    slices, _, _ = find_series(args.original, args.out, derived=args.derived)
     if slices[0].path.lower().endswith(NIFTI + ARRAYS):
         raise InputError(f"--original {args.original} is no DICOM series.")
     if len(slices) != count:
@@ -115,7 +117,7 @@ def simulated(args) -> Job:
     if args.views is None or not 1 <= args.views <= FULL_VIEWS:
         raise InputError(f"{args.input} holds images: say by --views how many to simulate, 1 to {FULL_VIEWS}. (For a "
                          "measured sinogram, describe its scanner by --geometry.)")
-    slices, names, problems = find_series(args.input, args.out, args.series)
+    slices, names, problems = find_series(args.input, args.out, args.series, args.derived)
     located = originals_of(args, len(slices)) or slices
     size = args.size or (slices[0].size if args.method in BASELINES else 256)
     return Job(
@@ -214,13 +216,11 @@ def around(index: int, k: int, count: int) -> range:
     return range(max(0, index - k // 2), min(count, index + k // 2 + 1))
 
 
-def write_output(args, job: Job, work: np.ndarray, done: np.ndarray, targets: list[Path], about: str, uid: str) -> None:
-    """The finished volume in the chosen format; of DICOM the files that are not there yet. uid: of the new series."""
+def write_output(args, job: Job, work: np.ndarray, done: np.ndarray, targets: list[Path], header) -> None:
+    """The finished volume in the chosen format; of DICOM the files that are not there yet. header: theirs."""
     if args.format in VOLUMES:
         final = (smoothed(work, done, i, args.median_z) for i in tqdm(range(len(work)), desc="Writing", disable=None))
         return VOLUMES[args.format][1](targets[0], final, job.places, job.size)
-    original = write_volume.read_original(job.original) if job.original else None
-    header = write_volume.series_header(about, uid, original, job.patient, args.deidentify)
     for i, target in enumerate(tqdm(targets, desc="Writing", disable=None)):
         if done[i] and not target.is_file():
             write_volume.write_dicom(target, header, smoothed(work, done, i, args.median_z), job.places[i], i)
@@ -274,6 +274,9 @@ def main(argv=None) -> int:
         args.checkpoint = find_checkpoint(args.checkpoint)
     is_measured = args.geometry is not None or is_projections(args.input)
     job = (measured if is_measured else simulated)(args)
+    if args.format == "nifti":
+        write_volume.nifti_affine(job.places)  # refuses uneven steps, before the work
+    original = write_volume.read_original(job.original) if job.original else None
     reconstructor = make_reconstructor(args, job)
     run = claim(args.out, describe(args, job, reconstructor), "reconstruction", once={"series_uid": generate_uid()})
 
@@ -292,18 +295,26 @@ def main(argv=None) -> int:
     wanted = sorted({j for i in missing for j in around(i, args.median_z, count)})
     print(f"{count} slices of {job.size} x {job.size}, {len(missing)} of them to do, from {job.views} "
           f"{'measured' if is_measured else 'simulated'} views by {args.method}.")
+    header, lost = write_volume.series_header(about(args, job, run), run["series_uid"], original, job.patient,
+                                              args.deidentify)
     problems = list(job.problems)
+    if lost and args.format == "dicom":
+        problems.append(("the original" if args.original else job.names[0], "warning",
+                         f"has attributes that cannot be copied and are left out: {', '.join(lost)}"))
     if missing:
         try:
             work = open_work(hidden, count, job.size)
             problems += reconstruct_slices(job, solve, work, wanted, args.batch)
             done = np.array([not (image == MISSING).any() for image in work])
-            write_output(args, job, work, done, targets, about(args, job, run), run["series_uid"])
+            write_output(args, job, work, done, targets, header)
         except (KeyboardInterrupt, OSError) as error:  # an OSError is a full disk: readers raise Refused
             raise Stopped(f"Stopped ({error!r}). What is done is kept; the same command does the rest.") from error
         if done[wanted].all():
             hidden.unlink()
     write_table(args.out / "report.csv", ("file", "status", "reason"), problems)
+    warned = {reason: name for name, status, reason in reversed(problems) if status == "warning"}
+    for reason, name in reversed(warned.items()):  # each reason once: it may be that of every slice
+        print(f"Warning: {name} {reason}.", file=sys.stderr)
     refused = [(name, reason) for name, status, reason in problems if status == "refused"]
     for name, reason in refused:
         print(f"Refused: {name} {reason}.", file=sys.stderr)

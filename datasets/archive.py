@@ -12,6 +12,7 @@ from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
+from functools import partial
 from itertools import groupby
 from operator import attrgetter
 from pathlib import Path
@@ -20,7 +21,7 @@ from tqdm import tqdm
 
 from datasets.formats import scan
 from datasets.privacy import pseudonymizer
-from datasets.series import LeftOut, Problem, Refused, Slice, order_series
+from datasets.series import LeftOut, Problem, Refused, Slice, order_series, split_series
 from datasets.slices import patient_of, patients_of, read_manifest
 from utils.errors import InputError
 
@@ -80,10 +81,10 @@ def _begin():
 
 
 @time_limit()
-def examine(path: str) -> tuple[list[Slice], list[Problem]]:
+def examine(path: str, derived: bool = False) -> tuple[list[Slice], list[Problem]]:
     """The slices of a file, and what is wrong with it."""
     try:
-        slices = scan(path)
+        slices = scan(path, derived)
     except Refused as error:
         verdict = LeftOut.verdict if os.path.basename(path) in COMPANIONS else error.verdict
         return [], [(path, verdict, str(error))]
@@ -118,11 +119,12 @@ def find_files(inputs: list[str], out: Path) -> tuple[dict[str, str], list[Probl
     return dict(sorted(files.items())), problems
 
 
-def read_headers(inputs: list[str], out: Path, workers: int) -> tuple[list[Slice], dict[str, str], list[Problem]]:
-    """(slices, {path: how it is shown}, problems) of all files below the inputs."""
+def read_headers(inputs: list[str], out: Path, workers: int,
+                 derived: bool = False) -> tuple[list[Slice], dict[str, str], list[Problem]]:
+    """(slices, {path: how it is shown}, problems) of all files below the inputs. derived: derived images too."""
     files, problems = find_files(inputs, out)
-    slices = []
-    for path, found in zip(files, parallel(examine, list(files), workers, "Reading headers"), strict=True):
+    slices, read = [], partial(examine, derived=derived)
+    for path, found in zip(files, parallel(read, list(files), workers, "Reading headers"), strict=True):
         more, notes = found or ([], [(path, "refused", DIED)])
         slices += more
         problems += notes
@@ -156,29 +158,40 @@ def name_patients(slices: list[Slice]) -> list[Slice]:
 
 
 def group_series(slices: list[Slice]) -> list[list[Slice]]:
-    """The slices of each series, sorted by patient and series."""
+    """The slices of each volume, sorted by patient and series: one series may hold several."""
     key = attrgetter("patient", "series")
-    return [list(group) for _, group in groupby(sorted(slices, key=key), key)]
+    return [part for _, group in groupby(sorted(slices, key=key), key) for part in split_series(list(group))]
 
 
-def find_series(path: Path, out: Path, number: int | None = None) -> tuple[list[Slice], list[str], list[Problem]]:
+def find_series(path: Path, out: Path, number: int | None = None,
+                derived: bool = False) -> tuple[list[Slice], list[str], list[Problem]]:
     """(slices from feet to head, how each is called in messages, problems, with these names) of one series.
 
     number: which of several, from 1. Files below `out` are not read. Raises InputError where no series is chosen.
     """
-    slices, shown, problems = read_headers([str(path)], out, workers=1)
+    slices, shown, problems = read_headers([str(path)], out, 1, derived)
     slices = name_patients(_with_manifest(slices))
     groups, hide = group_series(slices), pseudonymizer(slices, keep=False)
     if not groups:
         reasons = "; ".join(f"{hide(shown.get(name, name))} {reason}" for name, _, reason in problems[:3])
         raise InputError(f"{path} holds no slices that can be used" + f" ({reasons})" * bool(reasons) + ".")
     if number is None and len(groups) > 1 or number is not None and not 1 <= number <= len(groups):
-        names = ", ".join(f"{i}: {len(group)} slices of {hide(Path(shown[group[0].path]).parent.as_posix())}"
-                          for i, group in enumerate(groups, 1))
+        folders = [Path(shown[group[0].path]).parent.as_posix() for group in groups]
+        names = ", ".join(hide(f"{i}: {len(group)} slices of {folder}" + _about(group) * (folders.count(folder) > 1))
+                          for i, (group, folder) in enumerate(zip(groups, folders, strict=True), 1))
         raise InputError(f"{path} holds {len(groups)} series ({names}); choose one by --series.")
     kept, more = order_series(groups[(number or 1) - 1])
     names = [hide(shown[one.path]) + (f", frame {one.frame}" if one.frame else "") for one in kept]
     return kept, names, [(hide(shown.get(name, name)), *rest) for name, *rest in problems + more]
+
+
+def _about(group):
+    # What may tell the series of one folder apart.
+    one, heights = group[0], [one.position for one in group if one.position is not None]
+    facts = (one.kernel and f"kernel {one.kernel}", one.spacing and f"pixels of {one.spacing:.3g} mm",
+             one.acquisition and f"acquisition {one.acquisition}",
+             heights and f"{min(heights):g} to {max(heights):g} mm")
+    return f" [{', '.join(filter(None, facts))}]"
 
 
 def _with_manifest(slices: list[Slice]) -> list[Slice]:

@@ -11,30 +11,59 @@ import re
 import numpy as np
 import pydicom
 from pydicom.multival import MultiValue
+from pydicom.tag import Tag
 from pydicom.uid import ExplicitVRLittleEndian, ImplicitVRLittleEndian, MediaStorageDirectoryStorage
 
 from datasets.series import LeftOut, Refused, Slice, refuse_on_error
 from utils.units import HU_RANGE
 
+PLAUSIBLE_HU = (-10000, 16000)  # from what lies outside the scan circle to steel
 MAX_SIDE = 4096  # no scanner writes more; a damaged header can claim 65535 and ask for gigabytes
 CMS_ENVELOPE = bytes.fromhex("06092a864886f70d010703")  # object identifier that opens a Secure DICOM file
 MODALITIES = "CR DX KO MG MR NM OT PR PT REG RTDOSE RTIMAGE RTPLAN RTSTRUCT SC SEG SR US XA".split()
 LOSSY_SYNTAX = re.compile(r"1\.2\.840\.10008\.1\.2\.4\.(5[01]|81|91|93|203)$")
 
 
-def to_hu(stored: np.ndarray, slope: float, intercept: float, padding: int | None = None) -> np.ndarray:
+def to_hu(stored: np.ndarray, slope: float, intercept: float, padding: int | None = None,
+          bits: int = 16) -> np.ndarray:
     """Stored integers (H, W) to float32 HU = slope * stored + intercept, clipped to [-1024, 3071].
 
-    What scanners write outside the scan circle lies below -1024 and becomes air by the clip. A padding value above the
-    range would become metal by it, so it is set to air.
+    What scanners write outside the scan circle lies below -1024 and becomes air by the clip. Padding that lies above
+    the range, or in it because it lost its sign, becomes air too: it is compared modulo 2**bits. In the range it must
+    take a corner of the image: dense bone may have the same number.
     """
     hu = stored.astype(np.float32)
     hu *= slope
     hu += intercept
-    hu.clip(*HU_RANGE, out=hu)
-    if padding is not None and slope * padding + intercept > HU_RANGE[1]:
-        hu[stored == padding] = HU_RANGE[0]
-    return hu
+    if padding is not None:
+        padded = (stored.astype(np.int64) - padding) % 2**bits == 0
+        is_hu = HU_RANGE[0] <= slope * padding + intercept <= HU_RANGE[1]
+        if is_hu or not padded[[0, 0, -1, -1], [0, -1, 0, -1]].any():
+            padded &= hu > HU_RANGE[1]
+        hu[padded] = HU_RANGE[0]
+    return hu.clip(*HU_RANGE, out=hu)
+
+
+def stored_numbers(words: np.ndarray, bits: int, signed: bool, slope: float, intercept: float) -> tuple:
+    """Words of pixel data (H, W) to (the integers that they hold, how many of their bits count).
+
+    By the header these are the lowest `bits`. Two kinds of file are not as their header says: values outgrow its bits
+    (metal, the -3024 around the scan circle), and negative ones are called unsigned. What makes plausible HU decides.
+    """
+    width = 8 * words.itemsize
+    whole = words.view(f"i{words.itemsize}")
+    part = whole << (width - bits) >> (width - bits)
+    hu = slope * whole.astype(np.float32) + intercept
+    # No CT is metal in more than a quarter of its pixels: words with one more bit set everywhere look as if they were.
+    outgrown = (words >> min(bits, width - 1)).any() and (hu > HU_RANGE[1]).mean() < 0.25
+    if outgrown and PLAUSIBLE_HU[0] < hu.min() <= hu.max() < PLAUSIBLE_HU[1]:
+        return whole, width
+    return (part if signed or lacks_sign(intercept) and (part < 0).mean() > 0.01 else words & (2**bits - 1)), bits
+
+
+def lacks_sign(intercept: float) -> bool:
+    """Whether unsigned pixels with this intercept cannot hold air."""
+    return intercept > -500
 
 
 def check_axial(orientation) -> None:
@@ -70,28 +99,38 @@ def standard_corner(one: Slice) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     return columns, rows, one.corner + turned * (one.spacing * (one.size - 1))
 
 
-def read_header(path: str) -> list[Slice]:
-    """The slices that a DICOM file holds, one a frame, without reading pixels."""
-    return _parse(path, with_pixels=False)[1]
+def read_header(path: str, derived: bool = False) -> list[Slice]:
+    """The slices that a DICOM file holds, one a frame, without reading pixels. derived: those of derived images too."""
+    return _parse(path, with_pixels=False, derived=derived)[1]
 
 
 def read_hu(path: str) -> np.ndarray:
     """All slices of a DICOM file, in its order: (N, H, W) float32 HU in [-1024, 3071], standard axial orientation."""
-    dataset, slices = _parse(path, with_pixels=True)
-    with refuse_on_error("has pixels that cannot be decoded; is it truncated or damaged?"):
-        raw = dataset.pixel_array  # pydicom drops bits above BitsStored, which may hold overlays, and extends the sign
-    raw = raw.reshape(-1, *raw.shape[-2:])
-    if raw.shape != (len(slices), slices[0].size, slices[0].size):
-        raise Refused(f"decodes to {raw.shape}, its header says {len(slices)} slices of {slices[0].size} pixels")
-    padding = dataset.get("PixelPaddingValue")
+    dataset, slices = _parse(path, with_pixels=True, derived=True)
+    signed = _optional(dataset, "PixelRepresentation") == 1
+    dataset.add_new("PixelRepresentation", "US", int(signed))  # some files lack it
+    padding = _optional(dataset, "PixelPaddingValue")
     padding = padding if isinstance(padding, int) else None
-    return np.stack([standard_axial(to_hu(image, one.slope, one.intercept, padding), one.orientation)
-                     for one, image in zip(slices, raw, strict=True)])
+    with refuse_on_error("has pixels that cannot be decoded; is it truncated or damaged?"):
+        # The bits of an overlay (in group 6000, 6002, ...) are no part of the numbers; all others may be.
+        overlays = [_optional(dataset, Tag(group, 0x0102)) for group in range(0x6000, 0x6020, 2)]
+        dataset.pixel_array_options(correct_unused_bits=any(one is not None and one.value for one in overlays))
+        raw = dataset.pixel_array
+    words = raw.reshape(-1, *raw.shape[-2:]).view(f"u{raw.itemsize}")
+    if words.shape != (len(slices), slices[0].size, slices[0].size):
+        raise Refused(f"decodes to {words.shape}, its header says {len(slices)} slices of {slices[0].size} pixels")
+    bits = min(dataset.BitsStored, 8 * words.itemsize)
+
+    def hu(one, image):
+        stored, meant = stored_numbers(image, bits, signed, one.slope, one.intercept)
+        return standard_axial(to_hu(stored, one.slope, one.intercept, padding, meant), one.orientation)
+
+    return np.stack([hu(one, image) for one, image in zip(slices, words, strict=True)])
 
 
 @refuse_on_error("cannot be parsed as DICOM; is it damaged?")
 @pydicom.config.disable_value_validation()
-def _parse(path, with_pixels):
+def _parse(path, with_pixels, derived):
     # (pydicom's dataset, its slices)
     with open(path, "rb") as file:
         head = file.read(132)
@@ -109,12 +148,15 @@ def _parse(path, with_pixels):
         dataset.file_meta.TransferSyntaxUID = ImplicitVRLittleEndian if implicit else ExplicitVRLittleEndian
     _check_kind(dataset)
     frames = _check_pixels(path, dataset)
+    for frame in range(frames):
+        _check_frame(dataset, frame, derived)
     patient = next((text for key in ("PatientID", "PatientName", "StudyInstanceUID", "SeriesInstanceUID")
-                    if (text := str(dataset.get(key) or "").strip())), None)
+                    if (text := str(_optional(dataset, key) or "").strip())), None)
     if patient is None or not dataset.get("SeriesInstanceUID"):
         raise Refused("has no SeriesInstanceUID, or nothing that tells its patient")
     # A word of a name is hidden from two letters on, a number only from four: shorter ones are in every file name.
-    words = [str(dataset.get("PatientID") or ""), *re.split(r"[\^=\s]+", str(dataset.get("PatientName") or ""))]
+    told = [str(_optional(dataset, key) or "") for key in ("PatientID", "PatientName")]
+    words = [told[0], *re.split(r"[\^=\s]+", told[1])]
     names = tuple(word for word in words if len(word) >= (2 if word.isalpha() else 4))
     return dataset, [_slice(path, dataset, frame, patient, names) for frame in range(frames)]
 
@@ -124,19 +166,39 @@ def _check_kind(dataset):
         raise LeftOut("is a DICOMDIR, an index of other files")
     if "EncryptedAttributesSequence" in dataset:
         raise Refused("has encrypted attributes: decrypt it first")
-    if (modality := dataset.get("Modality")) != "CT":
+    if (modality := _text(dataset.get("Modality"))) != "CT":
         raise Refused(f"has {f'modality {modality}' if modality in MODALITIES else 'no known modality'}, expected CT")
-    kind = dataset.get("ImageType") or []
-    kind = {str(word).upper() for word in ([kind] if isinstance(kind, str) else kind)}
+
+
+def _check_frame(dataset, frame, derived):
+    kind = {word for group, keyword in (("", "ImageType"), ("CTImageFrameTypeSequence", "FrameType"))
+            for word in re.findall("[A-Z]+", _text(_find(dataset, frame, group, keyword)))}
     if kind & {"LOCALIZER", "SCOUT", "TOPOGRAM"}:
         raise LeftOut("is a localiser")
     # Lossy compression alone makes an image DERIVED too; that one is still an axial slice and is kept, with a warning.
-    if "SECONDARY" in kind or ("DERIVED" in kind and not _is_lossy(dataset)):
-        raise LeftOut("is a derived or secondary image, not one the scanner reconstructed")
+    if not derived and ("SECONDARY" in kind or "DERIVED" in kind and not _is_lossy(dataset)):
+        raise LeftOut("is a derived or secondary image, not one the scanner reconstructed; --derived takes these too")
+    units = _text(_find(dataset, frame, "PixelValueTransformationSequence", "RescaleType"))
+    if units not in ("", "HU", "US") and not units.startswith("HOUNSFIELD"):
+        raise Refused("has a RescaleType other than HU")
 
 
 def _is_lossy(dataset):
-    return dataset.get("LossyImageCompression") == "01" or LOSSY_SYNTAX.match(str(dataset.file_meta.TransferSyntaxUID))
+    return (_text(_optional(dataset, "LossyImageCompression")) == "01"
+            or LOSSY_SYNTAX.match(str(dataset.file_meta.TransferSyntaxUID)))
+
+
+def _text(value):
+    # Upper-case words: archives hold them with spaces and in lower case.
+    return " ".join(map(str, value if isinstance(value, MultiValue) else [value or ""])).strip().upper()
+
+
+def _optional(dataset, keyword):
+    # A value that nothing needs: None where it cannot be read.
+    try:
+        return dataset.get(keyword)
+    except Exception:
+        return None
 
 
 def _check_pixels(path, dataset):
@@ -147,15 +209,15 @@ def _check_pixels(path, dataset):
         raise Refused("holds no image (no Rows or Columns)")
     if not all(isinstance(value, int) for value in values):
         raise Refused("has a number of rows, columns or bits that is not one number; is it damaged?")
-    if dataset.get("SamplesPerPixel", 1) != 1 or "MONOCHROME" not in str(dataset.get("PhotometricInterpretation")):
+    if dataset.get("SamplesPerPixel", 1) != 1 or "MONOCHROME" not in _text(dataset.get("PhotometricInterpretation")):
         raise Refused("is a colour image; one grey channel of HU is expected")
     if rows != columns or rows > MAX_SIDE:
         raise Refused(f"is {rows} x {columns} pixels, expected square and at most {MAX_SIDE}: pad or crop it first")
     if allocated not in (16, 32) or not 8 <= stored <= allocated or high != stored - 1:
         raise Refused(f"has {stored} bits of {allocated}, high bit {high}; expected 8 to 16 of 16, high bit the last")
-    if str(dataset.get("RescaleType") or "HU").strip() not in ("HU", "US"):
-        raise Refused("has a RescaleType other than HU")
     frames, groups = int(dataset.get("NumberOfFrames") or 1), dataset.get("PerFrameFunctionalGroupsSequence") or []
+    if frames < 1:
+        raise Refused(f"says that it holds {frames} frames; is it damaged?")
     if frames > 1 and frames != len(groups):
         raise Refused(f"holds {frames} frames but positions for {len(groups)}; expected an enhanced CT")
     pixels, syntax = dataset.get_item("PixelData", keep_deferred=True), dataset.file_meta.TransferSyntaxUID
@@ -173,7 +235,11 @@ def _slice(path, dataset, frame, patient, names):
         value = _find(dataset, frame, group, keyword)
         if value is None or value == "":
             raise Refused(f"has no {keyword}")
-        found = [float(number) for number in (value if isinstance(value, MultiValue) else [value])]
+        try:
+            found = [float(str(number).replace(",", "."))
+                     for number in (value if isinstance(value, MultiValue) else [value])]
+        except ValueError:
+            raise Refused(f"has a {keyword} that is not a number") from None
         if len(found) != count or not all(map(math.isfinite, found)):
             raise Refused(f"has {keyword} {found[:6]}, expected {count} finite number{'s' * (count > 1)}")
         return found
@@ -191,18 +257,25 @@ def _slice(path, dataset, frame, patient, names):
     corner = numbers("PlanePositionSequence", "ImagePositionPatient", 3)
     position = np.dot(corner, normal * np.sign(normal[2]))
     kernel = _find(dataset, frame, "CTReconstructionSequence", "ConvolutionKernel") or ""
-    kernel = kernel if isinstance(kernel, str) else "/".join(map(str, kernel))
+    kernel = "/".join(map(str, kernel)) if isinstance(kernel, MultiValue) else str(kernel)
+    number = _optional(dataset, "InstanceNumber")
+    acquisition = _find(dataset, frame, "FrameContentSequence", "FrameAcquisitionNumber")
+    warnings = ["was compressed with loss; kept"] * bool(_is_lossy(dataset))
+    if _optional(dataset, "PixelRepresentation") != 1 and lacks_sign(intercept):
+        warnings.append(f"says that none of its HU is below {intercept:g}, so none is air; the upper half of its "
+                        "values is read as negative where it is too many pixels to be bone")
     return Slice(path, frame, patient, series=str(dataset.SeriesInstanceUID), position=float(position),
-                 number=int(dataset.get("InstanceNumber") or 0), size=int(dataset.Rows), spacing=spacing[0],
+                 number=number if isinstance(number, int) else 0, size=int(dataset.Rows), spacing=spacing[0],
                  kernel=re.sub(r"[^\w .,/+-]", "", kernel)[:32], names=names, slope=slope, intercept=intercept,
-                 warning="was compressed with loss; kept" if _is_lossy(dataset) else "",
-                 orientation=tuple(orientation), corner=tuple(corner))
+                 warning="; ".join(warnings), orientation=tuple(orientation), corner=tuple(corner),
+                 acquisition=str(acquisition or _optional(dataset, "AcquisitionNumber") or ""),
+                 uid=f"{_optional(dataset, 'SOPInstanceUID') or path} {frame}")
 
 
 def _find(dataset, frame, group, keyword):
     # A multi-frame file keeps a value with the frame, or once for all frames; a single-frame file at the top.
     for sequence, index in (("PerFrameFunctionalGroupsSequence", frame), ("SharedFunctionalGroupsSequence", 0)):
-        items = dataset.get(sequence) or []
-        if index < len(items) and items[index].get(group):
-            return items[index].get(group)[0].get(keyword)
-    return dataset.get(keyword)
+        items = _optional(dataset, sequence) or []
+        if index < len(items) and _optional(items[index], group):
+            return _optional(_optional(items[index], group)[0], keyword)
+    return _optional(dataset, keyword)

@@ -76,12 +76,12 @@ def _load_array(path):
     return array.reshape(-1, *array.shape[-2:])
 
 
-def scan(path: str) -> list[Slice]:
+def scan(path: str, derived: bool = False) -> list[Slice]:
     """The slices of a file of any format, without pixels where possible. Raises Refused or LeftOut."""
     if path.lower().endswith(NIFTI):
         return _scan_nifti(path)
     if not path.lower().endswith(ARRAYS):
-        return dicom.read_header(path)
+        return dicom.read_header(path, derived)
     count, rows, columns = load(path).shape
     if rows != columns:
         raise Refused(f"is {rows} x {columns} pixels, expected square: pad or crop it first")

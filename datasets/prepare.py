@@ -191,9 +191,9 @@ def plan_outputs(slices: list[Slice], part_of: dict[str, str], volumes: bool,
 
 
 def prepare(inputs: list[str], out: Path, size: int, split: list[str], seed: int, volumes: bool, keep_names: bool,
-            workers: int) -> int:
+            workers: int, derived: bool = False) -> int:
     """The whole of `python -m datasets.prepare`; returns the exit status."""
-    slices, shown, problems = read_headers(inputs, out, workers)
+    slices, shown, problems = read_headers(inputs, out, workers, derived)
     slices = name_patients(slices)
     part_of = split_patients(sorted({one.patient for one in slices}), split, seed)
     outputs, more = plan_outputs(slices, part_of, volumes, keep_names)
@@ -229,6 +229,9 @@ def main(argv: list[str] | None = None) -> int:
                         help="one (N, size, size) array a series, to be memory-mapped (default: a file a slice)")
     parser.add_argument("--keep-names", action="store_true",
                         help="patients' IDs in file names and tables (default: pseudonyms)")
+    parser.add_argument("--derived", action="store_true",
+                        help="DERIVED and SECONDARY images of DICOM too: reformatted, or made by a program (default: "
+                             "left out)")
     args = parse_and_check(parser, argv)
     if missing := [path for path in args.inputs if not os.path.exists(path)]:
         parser.error(f"{missing[0]} does not exist")

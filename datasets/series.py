@@ -1,11 +1,14 @@
 """What a slice is, what makes a file unusable, and the order of a series. Plain data: no file format is known here."""
 
+import math
 import statistics
 import warnings
-from collections import Counter
+from collections import Counter, defaultdict
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
+
+import numpy as np
 
 from utils.errors import InputError
 
@@ -37,6 +40,8 @@ class Slice:
     size: int = 0                    # side in pixels
     spacing: float | None = None     # mm between pixel centres
     kernel: str = ""
+    acquisition: str = ""            # what tells apart scans of one place
+    uid: str = ""                    # the same for a copy of the slice
     names: tuple[str, ...] = ()      # words that identify the patient
     warning: str = ""
     slope: float = 1.0
@@ -61,27 +66,127 @@ def refuse_on_error(reason: str):
         raise Refused(f"{reason} ({type(error).__name__})") from error
 
 
+def difference(one: Slice, usual: Slice) -> str:
+    """What keeps a slice out of the volume of another one, in words; empty where nothing does."""
+    turned = max(abs(a - b) for a, b in zip(one.orientation, usual.orientation, strict=True)) > 0.01
+    return next((text for text, differs in (
+        (f"{one.size} pixels a side", one.size != usual.size),
+        (f"pixels of {one.spacing} mm", not math.isclose(one.spacing or 0, usual.spacing or 0, rel_tol=0.01)),
+        ("another reconstruction kernel", one.kernel != usual.kernel),
+        ("another ImageOrientationPatient", turned)) if differs), "")
+
+
+def split_series(slices: list[Slice]) -> list[list[Slice]]:
+    """The volumes that one series holds: reconstructions, fields of view, acquisitions or phases of one place.
+
+    A single slice that is unlike the others stays with most of them: `order_series` refuses it. Every volume but the
+    first gets a series of its own.
+    """
+    if any(one.position is None for one in slices):
+        return [slices]
+    alike: list[list[Slice]] = []
+    for one in sorted(slices, key=lambda one: (one.number, one.position, one.path, one.frame)):
+        part = next((part for part in alike if not difference(one, part[0])), None)
+        if part is None:
+            alike.append(part := [])
+        part.append(one)
+    most = max(alike, key=len)
+    single = [part for part in alike if len(part) == 1 < len(most)]
+    parts = [phase for part in alike if part not in single for scan in _acquisitions(part) for phase in _phases(scan)]
+    next(part for part in parts if most[0] in part).extend(one for part in single for one in part)
+    return [parts[0], *([replace(one, series=f"{one.series} part {number}") for one in part]
+                        for number, part in enumerate(parts[1:], 2))]
+
+
+def _acquisitions(slices):
+    # A scan may take many acquisitions, one after the other. Those that alternate along the axis are several scans.
+    ordered = sorted(slices, key=lambda one: (one.position, one.number))
+    scans = {one.acquisition: [] for one in slices}
+    if sum(after.acquisition != before.acquisition for before, after in pairwise(ordered)) < len(scans):
+        return [slices]
+    for one in slices:
+        scans[one.acquisition].append(one)
+    return list(scans.values())
+
+
+def _phases(slices):
+    # Where most places are taken more than once, by slices that are no copies, the series holds phases. Its numbers
+    # run from place to place within each phase, or from phase to phase at each place; else it is left as it is.
+    ordered = sorted(slices, key=lambda one: one.position)
+    tolerance, place = same_place(ordered), {ordered[0]: 0}
+    for before, after in pairwise(ordered):
+        place[after] = place[before] + (after.position - before.position >= tolerance)
+    unique = {one.uid or one: one for one in reversed(slices)}
+    at, phases, copies = defaultdict(list), [{}], []
+    for one in slices:
+        if unique[one.uid or one] is not one:
+            copies.append(one)
+            continue
+        at[place[one]].append(one)
+        if place[one] in phases[-1]:
+            phases.append({})
+        phases[-1][place[one]] = one
+    counts = [len(found) for found in at.values()]
+    if len(at) == 1 or sum(count > 1 for count in counts) <= len(at) / 2:
+        return [slices]
+    if len(phases) == max(counts):
+        found = [list(phase.values()) for phase in phases]
+    elif len(set(counts)) == 1:
+        found = [list(phase) for phase in zip(*at.values(), strict=True)]
+    else:
+        return [slices]
+    return [found[0] + copies, *found[1:]]
+
+
+def same_place(ordered: list[Slice]) -> float:
+    """Slices of a series, sorted by position, that are nearer than this lie at one place, mm: a twentieth of a step.
+
+    The step is the largest but for a tenth: side by side, phases make most steps small; missing slices make some large.
+    """
+    steps = sorted(after.position - before.position for before, after in pairwise(ordered)) or [0.0]
+    return min(max(0.01, 0.05 * steps[int(0.9 * (len(steps) - 1))]), 0.25)
+
+
+def uneven(points: list[tuple[float, ...]]) -> tuple[int, str] | None:
+    """Which of the corners in mm, feet to head, lies furthest off an even line from first to last, and a sentence.
+
+    None where that is a tenth of a step or 0.1 mm at most: positions are rounded numbers.
+    """
+    line = np.linspace(points[0], points[-1], len(points))
+    step = np.linalg.norm(line[-1] - line[0]) / max(1, len(points) - 1)
+    off = np.linalg.norm(line - points, axis=1)
+    worst = int(off.argmax())
+    if off[worst] <= 0.1 * max(1, step):
+        return None
+    return worst, f"lies {off[worst]:.3g} mm from where even steps of {step:.3g} mm would put it"
+
+
 def order_series(slices: list[Slice]) -> tuple[list[Slice], list[Problem]]:
     """The slices of one series from feet to head, and what is wrong with it.
 
-    A slice of another size than most is refused, one at a position that is already taken is left out (the lowest
-    instance number stays), a gap is a warning. Slices without positions are ordered by number and not compared.
+    A slice of another size, spacing, kernel or orientation than most is refused, one at a position that is already
+    taken is left out (the lowest instance number stays), gaps and uneven steps are warnings. Slices without positions
+    are ordered by number and not compared.
     """
     ordered = sorted(slices, key=lambda one: (one.position or 0.0, one.number, one.path, one.frame))
     if any(one.position is None for one in ordered):
         return ordered, []
-    kept, problems = [], []
-    size = Counter(one.size for one in ordered).most_common(1)[0][0]
+    kept, problems, tolerance = [], [], same_place(ordered)
+    kinds = [(one.size, one.spacing, one.kernel, one.orientation) for one in ordered]
+    usual = ordered[kinds.index(Counter(kinds).most_common(1)[0][0])]
     for one in ordered:
-        if one.size != size:
-            problems.append((one.path, "refused", f"has {one.size} pixels a side where most of its series has {size}"))
-        elif kept and one.position - kept[-1].position < 0.01:
+        if text := difference(one, usual):
+            problems.append((one.path, "refused", f"has {text}, unlike most of its series"))
+        elif kept and one.position - kept[-1].position < tolerance:
             problems.append((one.path, "left out", f"repeats position {one.position:g} mm of its series; the lowest "
                              "instance number is used"))
         else:
             kept.append(one)
     steps = [after.position - before.position for before, after in pairwise(kept)]
-    usual = statistics.median(steps or [0])
-    return kept, problems + [
-        (one.path, "warning", f"is followed by a gap of {step:g} mm where {usual:g} mm is usual: slices are missing")
-        for one, step in zip(kept, steps, strict=False) if step > 1.5 * usual]
+    median = statistics.median(steps or [0])
+    gaps = [(one.path, "warning", f"is followed by a gap of {step:g} mm where {median:g} mm is usual: slices are "
+             "missing") for one, step in zip(kept, steps, strict=False) if step > 1.5 * median]
+    if not gaps and (found := uneven([one.corner or (0, 0, one.position) for one in kept])):
+        worst, text = found
+        gaps = [(kept[worst].path, "warning", f"{text}; steps are {min(steps):.3g} to {max(steps):.3g} mm")]
+    return kept, problems + gaps

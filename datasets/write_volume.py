@@ -6,6 +6,7 @@ Slices are HU in the standard axial orientation (columns to the patient's left, 
 import gzip
 from collections.abc import Iterator
 from dataclasses import dataclass
+from io import BytesIO
 from pathlib import Path
 
 import numpy as np
@@ -14,15 +15,17 @@ from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian, generate_uid
 
 from datasets.dicom import standard_corner
 from datasets.privacy import pseudonym
-from datasets.series import Slice, refuse_on_error
+from datasets.series import Slice, refuse_on_error, uneven
+from utils.errors import InputError
 from utils.files import atomic
 
 # What a series shares with the original, attribute by attribute: anything else, private tags too, stays behind.
 PATIENT = ("PatientName", "PatientID", "PatientBirthDate")
-STUDY = ("StudyInstanceUID", "StudyDate", "StudyTime", "AccessionNumber", "ReferringPhysicianName", "StudyID",
+STUDY = ("StudyDate", "StudyTime", "AccessionNumber", "ReferringPhysicianName", "StudyID",
          "StudyDescription", "InstitutionName")
 SCAN = ("PatientSex", "PatientAge", "PatientPosition", "BodyPartExamined", "KVP", "SliceThickness", "AcquisitionNumber",
         "PositionReferenceIndicator", *(f"LossyImageCompression{more}" for more in ("", "Ratio", "Method")))
+UIDS = ("StudyInstanceUID", "FrameOfReferenceUID")
 EMPTY = (*PATIENT, "PatientSex", "StudyDate", "StudyTime", "AccessionNumber", "ReferringPhysicianName", "StudyID",
          "PositionReferenceIndicator", "SliceThickness", "KVP", "AcquisitionNumber")  # type 2: there, empty or not
 IMAGE = {"SpecificCharacterSet": "ISO_IR 192", "SOPClassUID": CTImageStorage, "Modality": "CT",
@@ -70,20 +73,31 @@ def write_npy(path: Path, slices: Iterator[np.ndarray], places: list[Place], siz
         volume.flush()
 
 
-def write_nifti(path: Path, slices: Iterator[np.ndarray], places: list[Place], size: int) -> None:
-    """One gzipped NIfTI-1 file, slice by slice. Slices step evenly from the first place to the last."""
-    import nibabel  # only this output needs it, and it is slow to import
-
+def nifti_affine(places: list[Place]) -> np.ndarray:
+    """(4, 4): index along right, front, head to mm. Raises InputError unless the slices step evenly."""
+    if found := uneven([place.corner for place in places]):
+        raise InputError(f"Slice {found[0] + 1} {found[1]}, and NIfTI holds only even steps; choose --format dicom, or "
+                         "npy, which holds no positions.")
     first, last = places[0], places[-1]
     normal = np.cross(first.columns, first.rows)
     step = np.subtract(last.corner, first.corner) / (len(places) - 1) if len(places) > 1 else normal
     columns, rows = np.multiply([first.columns, first.rows], first.spacing)
-    affine = np.diag([-1, -1, 1, 1]) @ np.vstack([np.column_stack([columns, rows, step, first.corner]), (0, 0, 0, 1)])
+    return np.diag([-1, -1, 1, 1]) @ np.vstack([np.column_stack([columns, rows, step, first.corner]), (0, 0, 0, 1)])
+
+
+def write_nifti(path: Path, slices: Iterator[np.ndarray], places: list[Place], size: int) -> None:
+    """One gzipped NIfTI-1 file, slice by slice."""
+    import nibabel  # only this output needs it, and it is slow to import
+
+    affine = nifti_affine(places)
     header = nibabel.Nifti1Header()  # its axes run right, front, head
     header.set_data_dtype(np.int16)
     header.set_data_shape((size, size, len(places)))
     header.set_qform(affine, "scanner")
     header.set_sform(affine, "scanner")
+    off = (header.get_qform() - affine) @ (size, size, len(places), 1)
+    if np.abs(off).max() > 0.1:  # mm: it cannot hold the shear of a tilted gantry, and many readers prefer it
+        header["qform_code"] = 0
     header.set_slope_inter(1, 0)
     header.set_xyzt_units("mm")
     header.set_data_offset(352)
@@ -93,35 +107,46 @@ def write_nifti(path: Path, slices: Iterator[np.ndarray], places: list[Place], s
             file.write(hu.astype(np.int16).tobytes())
 
 
+@pydicom.config.disable_value_validation()
 def series_header(about: str, series_uid: str, original: pydicom.Dataset | None, patient: str,
-                  deidentify: bool) -> pydicom.Dataset:
-    """What all files of a new series share. `about`: how it was made; `patient`: a pseudonym.
+                  deidentify: bool) -> tuple[pydicom.Dataset, list[str]]:
+    """(what all files of a new series share, attributes of the original that cannot be copied).
+
+    about: how it was made; patient: a pseudonym.
 
     With an original, the series belongs to its patient, study and frame of reference. With `deidentify` the pseudonym
     takes the place of name and ID, dates and all else in PATIENT and STUDY are dropped, and UIDs become hashes.
     """
     alone, original = original is None, original or pydicom.Dataset()
-    header = pydicom.Dataset()
+    header, lost, others = pydicom.Dataset(), [], {}
     header.update(dict.fromkeys(EMPTY, ""))
-    for name in SCAN if deidentify else PATIENT + STUDY + SCAN:
-        if name in original and original[name].VR != "SQ":
-            setattr(header, name, original[name].value)
-    for name in ("StudyInstanceUID", "FrameOfReferenceUID"):
-        uid = original.get(name)
-        new = generate_uid(entropy_srcs=[series_uid if uid is None else uid, name])
-        setattr(header, name, new if uid is None or deidentify else uid)
+    for name in (*(() if deidentify else PATIENT + STUDY), *SCAN, *UIDS, "SeriesNumber"):
+        try:
+            if name in original and original[name].VR != "SQ":
+                one = pydicom.Dataset()
+                one.update({"SpecificCharacterSet": "ISO_IR 192", name: original[name].value})
+                one.save_as(BytesIO(), implicit_vr=False, little_endian=True)
+                (others if name in (*UIDS, "SeriesNumber") else header).update({name: original[name].value})
+        except Exception:  # nothing needs it, and odd bytes make pydicom raise almost anything
+            lost.append(name)
+    for name in UIDS:
+        uid = str(others.get(name) or "")
+        new = generate_uid(entropy_srcs=[uid or series_uid, name])
+        setattr(header, name, uid if uid and not deidentify else new)
     if deidentify or alone:
         header.PatientName, header.PatientID = f"{patient}^", patient
     if deidentify:
         header.PatientIdentityRemoved = "YES"
         header.DeidentificationMethod = "Only scan attributes kept, UIDs hashed"
+    number = others.get("SeriesNumber")
+    number = number if isinstance(number, int) and abs(number) < 2**31 - 1000 else 0
     header.update(IMAGE | {
-        "SeriesInstanceUID": series_uid, "SeriesNumber": 1000 + int(original.get("SeriesNumber") or 0),
+        "SeriesInstanceUID": series_uid, "SeriesNumber": 1000 + number,
         "SeriesDescription": about.partition(";")[0][:64], "DerivationDescription": about[:1024]})
     header.setdefault("PatientPosition", "HFS")
     if "BodyPartExamined" not in header:
         header.Laterality = ""  # wanted, without a value, where nothing says that the part is not one of a pair
-    return header
+    return header, lost
 
 
 def write_dicom(path: Path, header: pydicom.Dataset, hu: np.ndarray, place: Place, index: int) -> None:

@@ -65,6 +65,15 @@ def make_dicom(path, side=16, pixels=None, syntax=ExplicitVRLittleEndian, remove
     return pixels
 
 
+def set_raw(path, **fields):
+    """Write fields of a DICOM file anew, each a (VR, bytes), valid or not."""
+    dataset = pydicom.dcmread(path)
+    for keyword, (vr, content) in fields.items():
+        tag = pydicom.tag.Tag(keyword)
+        dataset[tag] = pydicom.dataelem.RawDataElement(tag, vr, len(content), content, 0, False, True)
+    dataset.save_as(path)
+
+
 def make_series(folder, count=4, **tags):
     for index in range(count):
         place = {"ImagePositionPatient": [0, 0, 2.5 * index], "InstanceNumber": index}

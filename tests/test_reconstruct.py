@@ -9,12 +9,13 @@ import nibabel
 import numpy as np
 import pydicom
 import pytest
-from conftest import ROOT, body, make_dicom
+from conftest import ROOT, body, make_dicom, set_raw
 from test_scanner import FAN, line_integrals
 
 import reconstruct
-from datasets import prepare
+from datasets import prepare, write_volume
 from datasets.dicom import standard_axial
+from datasets.write_volume import centred
 from models.scanner import make_scanner
 from reconstruct import main
 
@@ -110,6 +111,88 @@ def test_nifti_lies_where_the_dicom_series_lies(tmp_path):
     files, again = read(fbp(tmp_path, source="out/volume.nii.gz", out="again", views=400))
     np.testing.assert_allclose(files[1].ImagePositionPatient, [left, -7.25, 2.5], atol=1e-4)
     assert np.sqrt(((again - hu) ** 2.0).mean()) < 110 and files[0].PatientID.startswith("patient-")
+
+
+def test_fields_that_cannot_be_copied_are_left_out_and_named(tmp_path, capsys):
+    series(tmp_path / "in")
+    odd = {"SliceThickness": ("DS", b"1,25"), "KVP": ("DS", b"120 kV"), "AcquisitionNumber": ("IS", b"1A"),
+           "SeriesNumber": ("IS", b"4B"), "PatientAge": ("US", b"\1")}
+    for path in (tmp_path / "in").iterdir():
+        set_raw(path, **odd)
+    out = fbp(tmp_path)
+    files, _ = read(out)
+    assert len(files) == 3 and files[0].SliceThickness is None and files[0].PatientID == "SECRET-ID"
+    for said in (capsys.readouterr().err, (out / "report.csv").read_text()):
+        assert all(name in said for name in odd)
+    assert len((out / "report.csv").read_text().splitlines()) == 2
+    before = (out / "report.csv").read_text()
+    assert (fbp(tmp_path) / "report.csv").read_text() == before  # told again by a run that has nothing to do
+
+
+@pytest.mark.parametrize("vr", ["UN", "DS", "IS", "LO", "SQ", "US", "FD"])
+def test_no_bytes_of_an_attribute_stop_the_writer(tmp_path, vr):
+    names = (*write_volume.PATIENT, *write_volume.STUDY, *write_volume.SCAN, *write_volume.UIDS, "SeriesNumber")
+    for content in (b"", b"\xff\xfe", b"1\\2", b"x" * 70, b"\x1b$B\x00", b"99999999999999999999"):
+        make_dicom(tmp_path / "a.dcm")
+        set_raw(tmp_path / "a.dcm", **{name: (vr, content) for name in names})
+        original = write_volume.read_original(str(tmp_path / "a.dcm"))
+        header, _ = write_volume.series_header("about", "1.2.3", original, "p", deidentify=content == b"")
+        write_volume.write_dicom(tmp_path / "b.dcm", header, np.zeros((8, 8), np.int16), centred(1, 8, 0), 0)
+        with pydicom.config.disable_value_validation():
+            assert pydicom.dcmread(tmp_path / "b.dcm").StudyInstanceUID
+
+
+@pytest.mark.parametrize("number, new", [(4, 1004), (-3, 997), (2**31 - 1, 1000), (None, 1000)])
+def test_the_series_number_stays_a_dicom_integer(number, new):
+    original = pydicom.Dataset()
+    original.SeriesNumber = number
+    assert write_volume.series_header("about", "1.2.3", original, "p", deidentify=False)[0].SeriesNumber == new
+
+
+def test_uneven_slices_are_told_written_truly_and_refused_as_nifti(tmp_path, capsys, stops):
+    heights = [0, 3, 6, 13, 20]
+    for i, z in enumerate(heights):
+        make_dicom(tmp_path / f"in/{i}.dcm", pixels=(body(32, i) + 1024).astype(np.uint16),
+                   ImagePositionPatient=[0, 0, z])
+    files, _ = read(fbp(tmp_path))
+    assert [file.ImagePositionPatient[2] for file in files] == heights
+    assert "Warning: in/2.dcm lies 4 mm from where even steps of 5 mm" in capsys.readouterr().err
+    with stops("Slice 3 lies 4 mm .* choose --format dicom"):
+        fbp(tmp_path, "--format", "nifti", out="nifti")
+    assert not (tmp_path / "nifti").exists()
+
+
+@pytest.mark.parametrize("tilt, code", [(0, 1), (5, 0)])
+def test_a_tilted_gantry_gets_no_qform(tmp_path, tilt, code):
+    cosine, sine = np.cos(np.radians(tilt)), np.sin(np.radians(tilt))
+    for i in range(5):
+        make_dicom(tmp_path / f"in/{i}.dcm", side=32, ImagePositionPatient=[0, 0, 5 * i],
+                   ImageOrientationPatient=[1, 0, 0, 0, round(cosine, 6), round(-sine, 6)])
+    image = nibabel.load(fbp(tmp_path, "--format", "nifti") / "volume.nii.gz")
+    assert image.header["qform_code"] == code and image.header["sform_code"] == 1
+    np.testing.assert_allclose(image.affine[:3, 2], [0, 0, 5], atol=1e-5)
+    np.testing.assert_allclose(image.affine[:3, 1], [0, -0.7 * cosine, -0.7 * sine], atol=1e-5)
+
+
+def test_two_reconstructions_under_one_uid_are_listed(tmp_path, stops):
+    for i in range(8):
+        make_dicom(tmp_path / f"in/{i}.dcm", side=32, ConvolutionKernel=("B30f", "B70f")[i % 2],
+                   ImagePositionPatient=[0, 0, i])
+    with stops("1: 4 slices of in .kernel B30f.* 0 to 6 mm., 2: 4 slices of in .kernel B70f.* 1 to 7 mm.*; choose one"):
+        fbp(tmp_path)
+    files, _ = read(fbp(tmp_path, "--series", 2))
+    assert [file.ImagePositionPatient[2] for file in files] == [1, 3, 5, 7]
+
+
+def test_own_output_is_read_on_request(tmp_path, stops):
+    volume = series(tmp_path / "in")
+    (tmp_path / "own").mkdir()
+    for path in fbp(tmp_path, views=400).glob("*.dcm"):
+        path.rename(tmp_path / "own" / path.name)
+    with stops("--derived takes these too"):
+        fbp(tmp_path, source="own", out="again")
+    _, hu = read(fbp(tmp_path, "--derived", source="own", out="again", views=400))
+    assert hu.shape == volume.shape
 
 
 def test_prepared_slices_return_to_the_place_of_their_original(tmp_path, stops):
