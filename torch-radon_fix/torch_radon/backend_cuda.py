@@ -52,7 +52,7 @@ TABLE_BYTES = 2 << 30          # of scans kept on a device: every even count up 
 LARGEST_MATRIX = 2048          # bins up to which the filter is a matrix; wider detectors are filtered by FFT
 
 # No launch compiles anew for a size that is 1 or a multiple of 16: what was compiled once serves every size.
-SIZES = ("rows", "columns", "source_rows", "source_columns", "first", "limit", "n_blocks", "height", "width", "used",
+SIZES = ("rows", "columns", "source_rows", "source_columns", "first", "n_blocks", "height", "width", "used",
          "bins", "n_max", "batch", "chunks", "diameter", "each")
 
 
@@ -107,13 +107,13 @@ def _position(record, q, r, i, j, FAN: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=SIZES, do_not_specialize_on_alignment=("source",))
-def _pack(source, target, blocks, rows, columns, source_rows, source_columns, first, limit, n_blocks,
+def _pack(source, target, blocks, rows, columns, source_rows, source_columns, first, diameter, n_blocks,
           ROW_PAD: tl.constexpr, FRONT: tl.constexpr, BACK: tl.constexpr, SINOGRAM: tl.constexpr, TURNED: tl.constexpr,
           CELLS: tl.constexpr, LANES: tl.constexpr):
     """(batch, source_rows, source_columns) -> (blocks, ROW_PAD + rows + ROW_PAD, FRONT + columns + BACK, LANES).
 
     Zeros around; of a sinogram the columns from `first` and the views that the block has, of an image the pixels at
-    most `limit` half pixels from the centre. With TURNED also the transpose of rows and columns, behind.
+    most diameter/2 from the centre. With TURNED also the transpose of rows and columns, behind.
     """
     table, views, lanes = _block(blocks, LANES)
     block = tl.program_id(1).to(tl.int64)
@@ -128,7 +128,7 @@ def _pack(source, target, blocks, rows, columns, source_rows, source_columns, fi
         inside = inside & (y < views)
     else:
         u, v = 2 * x - columns + 1, 2 * y - rows + 1
-        inside = inside & (u * u + v * v <= limit * limit)
+        inside = inside & (u * u + v * v <= diameter * diameter)
     place = source + b * (source_rows * source_columns) + (y * source_columns + x + first)[:, None]
     value = tl.load(place, mask=inside[:, None] & (b >= 0), other=0.0)
     whole = (i < height * width)[:, None]
@@ -604,20 +604,20 @@ def _on(device: torch.device):
 
 
 def _launch_pack(blocks: _Blocks, source: torch.Tensor, target: torch.Tensor, rows: int, columns: int, first: int,
-                 limit: int, pads: tuple[int, int, int], sinogram: bool, turned: bool):
+                 diameter: int, pads: tuple[int, int, int], sinogram: bool, turned: bool):
     row_pad, front, back = pads
     size = (rows + 2 * row_pad) * (columns + front + back)
     _launch(_pack, (-(-size // CELLS), blocks.count, 1),
-            (source, target, blocks.rows, rows, columns, *source.shape[1:], first, limit, blocks.count),
+            (source, target, blocks.rows, rows, columns, *source.shape[1:], first, diameter, blocks.count),
             {"ROW_PAD": row_pad, "FRONT": front, "BACK": back, "SINOGRAM": sinogram, "TURNED": turned, "CELLS": CELLS,
              "LANES": blocks.lanes})
 
 
-def _pack_image(blocks: _Blocks, image: torch.Tensor, limit: int) -> torch.Tensor:
-    """Both padded copies of images (B, H, W), in one launch; zero further than limit/2 pixels from the centre."""
+def _pack_image(blocks: _Blocks, image: torch.Tensor, diameter: int) -> torch.Tensor:
+    """Both padded copies of images (B, H, W), in one launch; zero further than diameter/2 pixels from the centre."""
     height, width = image.shape[1:]
     packed = image.new_empty(2 * blocks.count * (height + 2 * PAD) * (width + 2 * PAD) * blocks.lanes)
-    _launch_pack(blocks, image, packed, height, width, 0, limit, (PAD, PAD, PAD), False, True)
+    _launch_pack(blocks, image, packed, height, width, 0, diameter, (PAD, PAD, PAD), False, True)
     return packed
 
 
