@@ -15,6 +15,16 @@ from models.levels import FULL_VIEWS
 from models.scanner import PublishedScanner, Scanner
 
 
+@lru_cache(maxsize=1024)  # by view counts: lists of up to 720 angles are slow to look up
+def _projector(scanner, size: int, n_views: int) -> BaseRadon:
+    return scanner.projector(size, scanner.theta(n_views))
+
+
+@lru_cache(maxsize=1024)
+def _difference_projector(scanner, size: int, n_t: int, n_s: int) -> BaseRadon:
+    return scanner.projector(size, _difference(scanner, n_t, n_s)[0])
+
+
 @lru_cache(maxsize=512)
 def _view_weights(scanner, n_views: int, device: torch.device) -> torch.Tensor | None:
     """FBP weights of views that are not equally spaced, (n,), on a device: CUDA graphs take no copy from the host."""
@@ -54,7 +64,7 @@ class Degradation:
     def operator(self, size: int, n_views: int | list[int]) -> BaseRadon | Stack:
         """The projector P_n of size x size pixels (torch_radon); for a list of counts the stack of theirs."""
         if isinstance(n_views, int):
-            return self.scanner.projector(size, self.scanner.theta(n_views))
+            return _projector(self.scanner, size, n_views)
         return Stack([self.operator(size, n) for n in n_views])
 
     def full(self, x: torch.Tensor) -> torch.Tensor:
@@ -90,8 +100,8 @@ class Degradation:
         """x_s = x_t - D(x0_hat, n_t) + D(x0_hat, n_s), in one projection, filter and backprojection of merged views."""
         if self.official:
             x0_hat = self.full(x0_hat)
-        steps, size = tuple(zip(n_t, n_s, strict=True)), x_t.shape[-1]
-        projectors = [self.scanner.projector(size, _difference(self.scanner, *step)[0]) for step in steps]
+        steps = tuple(zip(n_t, n_s, strict=True))
+        projectors = [_difference_projector(self.scanner, x_t.shape[-1], *step) for step in steps]
         weights = _difference_weights(self.scanner, steps, x_t.device)
         if len(set(steps)) == 1:
             return x_t + projectors[0].degrade(x0_hat, weights[0])
