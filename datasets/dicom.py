@@ -113,9 +113,8 @@ def _parse(path, with_pixels):
                     if (text := str(dataset.get(key) or "").strip())), None)
     if patient is None or not dataset.get("SeriesInstanceUID"):
         raise Refused("has no SeriesInstanceUID, or nothing that tells its patient")
-    # A word of a name is hidden from two letters on, a number only from four: shorter ones are in every file name.
     words = [str(dataset.get("PatientID") or ""), *re.split(r"[\^=\s]+", str(dataset.get("PatientName") or ""))]
-    names = tuple(word for word in words if len(word) >= (2 if word.isalpha() else 4))
+    names = tuple(filter(None, words))
     return dataset, [_slice(path, dataset, frame, patient, names) for frame in range(frames)]
 
 
@@ -196,7 +195,8 @@ def _slice(path, dataset, frame, patient, names):
                  number=int(dataset.get("InstanceNumber") or 0), size=int(dataset.Rows), spacing=spacing[0],
                  kernel=re.sub(r"[^\w .,/+-]", "", kernel)[:32], names=names, slope=slope, intercept=intercept,
                  warning="was compressed with loss; kept" if _is_lossy(dataset) else "",
-                 orientation=tuple(orientation), corner=tuple(corner))
+                 orientation=tuple(orientation), corner=tuple(corner),
+                 description=str(dataset.get("SeriesDescription") or ""))
 
 
 def _find(dataset, frame, group, keyword):

@@ -37,7 +37,8 @@ class Slice:
     size: int = 0                    # side in pixels
     spacing: float | None = None     # mm between pixel centres
     kernel: str = ""
-    names: tuple[str, ...] = ()      # words that identify the patient
+    description: str = ""            # of the series; free text, never written
+    names: tuple[str, ...] = ()      # words that identify the patient, of a name and IDs
     warning: str = ""
     slope: float = 1.0
     intercept: float = 0.0
