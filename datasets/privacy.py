@@ -7,6 +7,7 @@ from unicodedata import combining, normalize
 
 from datasets.series import Slice
 
+UMLAUTS = str.maketrans({letter: base + "e" for letter, base in zip("äöüøÄÖÜØ", "aouoAOUO", strict=True)})
 PLAIN = str.maketrans("ıłøđħ", "ilodh")  # letters that are not written by an accent in Unicode
 
 
@@ -22,31 +23,35 @@ def pseudonym(text: str, kind: str, keep: bool) -> str:
 def pseudonymizer(slices: list[Slice], keep: bool):
     """A function of a path that puts pseudonyms in place of the patients' names and IDs, unless `keep`.
 
-    A name is found in whatever case, accents and Unicode form, joined with others of its patient or with an initial;
-    an ID with other separators and without its leading zeros. Letters are hidden from two on (one where a script has
-    no case), numbers from four digits: shorter ones are in every file name.
+    A name is found in whatever case, accents, umlauts and Unicode form, joined with others of its patient or with an
+    initial; an ID with other separators and without its leading zeros. Letters are hidden from two on (one where a
+    script has no case), numbers from four digits: shorter ones are in every file name.
     """
-    owners, words, codes = {}, set(), set()
+    owners, words, initials, codes = {}, set(), set(), set()
     for patient, names in sorted({(one.patient, one.names) for one in slices if not keep}):
-        phrases = [re.findall(r"[^\W_]+", _fold(name).replace("\0", "")) for name in names]
+        forms = {form for name in names for form in (name, normalize("NFC", name).translate(UMLAUTS),
+                                                     re.sub("([aou])e", r"\1", name, flags=re.I))}
+        phrases = [re.findall(r"[^\W_]+", _fold(form).replace("\0", "")) for form in sorted(forms)]
         letters = [word for phrase in phrases if "".join(phrase).isalpha() for word in phrase]
-        initials = {form for a in letters for b in letters if a != b and len(a) > 1 and a.upper() != a
-                    for form in (a + b[0], b[0] + a)}
-        for word in {*letters, *initials}:
+        more = {form for a in letters for b in letters if a != b and len(a) > 1 and a.upper() != a
+                for form in (a + b[0], b[0] + a)}
+        initials |= more - set(letters)
+        for word in {*letters, *more}:
             if len(word) > 1 or word.upper() == word.lower():
                 words.add(word)
                 owners[word] = patient
         for phrase in phrases:
-            code = [part.lstrip("0") if i == 0 and len("".join(phrase).lstrip("0")) >= 4 else part
-                    for i, part in enumerate(phrase)]
-            if len("".join(code)) >= 4 and not "".join(code).isalpha():
-                codes.add(r"[\W_]*".join(map(_spaced, code)))
-                owners["".join(code)] = patient
+            whole = "".join(phrase)
+            if len(whole) >= 4 and not whole.isalpha():
+                first = phrase[0].lstrip("0") if len(whole.lstrip("0")) >= 4 else phrase[0]
+                codes.add(r"[\W_]*".join(map(_spaced, filter(None, [first, *phrase[1:]]))))
+                owners["".join([first, *phrase[1:]])] = patient
     if not owners:
         return str
     letter, longest = r"[^\W\d_]", partial(sorted, key=lambda word: (-len(word), word))
     free = [word for word in longest(words) if word.upper() == word.lower()]  # such scripts have no spaces either
-    whole = "|".join(_spaced(word) for word in longest(words - set(free))) or r"(?!)"
+    names = [word for group in (words - initials, words & initials) for word in longest(group - set(free))]
+    whole = "|".join(map(_spaced, names)) or r"(?!)"
     numbers = "|".join(code for code in longest(codes) if code[0].isdigit()) or r"(?!)"
     mixed = "|".join(code for code in longest(codes) if not code[0].isdigit()) or r"(?!)"
     pattern = re.compile(rf"(?<!\d)0*({numbers})(?!\d)|(?<!{letter})({mixed})(?!\d)|"
