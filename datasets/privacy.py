@@ -27,16 +27,15 @@ def pseudonymizer(slices: list[Slice], keep: bool):
     initial; an ID with other separators and without its leading zeros. Letters are hidden from two on (one where a
     script has no case), numbers from four digits: shorter ones are in every file name.
     """
-    owners, words, initials, codes = {}, set(), set(), set()
+    owners, words, codes = {}, set(), set()
     for patient, names in sorted({(one.patient, one.names) for one in slices if not keep}):
         forms = {form for name in names for form in (name, normalize("NFC", name).translate(UMLAUTS),
                                                      re.sub("([aou])e", r"\1", name, flags=re.I))}
         phrases = [re.findall(r"[^\W_]+", _fold(form).replace("\0", "")) for form in sorted(forms)]
         letters = [word for phrase in phrases if "".join(phrase).isalpha() for word in phrase]
-        more = {form for a in letters for b in letters if a != b and len(a) > 1 and a.upper() != a
-                for form in (a + b[0], b[0] + a)}
-        initials |= more - set(letters)
-        for word in {*letters, *more}:
+        initials = {form for a in letters for b in letters if a != b and len(a) > 1 and a.upper() != a
+                    for form in (a + b[0], b[0] + a)}
+        for word in {*letters, *initials}:
             if len(word) > 1 or word.upper() == word.lower():
                 words.add(word)
                 owners[word] = patient
@@ -50,8 +49,7 @@ def pseudonymizer(slices: list[Slice], keep: bool):
         return str
     letter, longest = r"[^\W\d_]", partial(sorted, key=lambda word: (-len(word), word))
     free = [word for word in longest(words) if word.upper() == word.lower()]  # such scripts have no spaces either
-    names = [word for group in (words - initials, words & initials) for word in longest(group - set(free))]
-    whole = "|".join(map(_spaced, names)) or r"(?!)"
+    whole = "|".join(map(_spaced, longest(words - set(free)))) or r"(?!)"
     numbers = "|".join(code for code in longest(codes) if code[0].isdigit()) or r"(?!)"
     mixed = "|".join(code for code in longest(codes) if not code[0].isdigit()) or r"(?!)"
     pattern = re.compile(rf"(?<!\d)0*({numbers})(?!\d)|(?<!{letter})({mixed})(?!\d)|"
