@@ -20,7 +20,8 @@ from tqdm import tqdm
 
 from datasets import write_volume
 from datasets.archive import find_series
-from datasets.formats import ARRAYS, NIFTI, load, resize_hu
+from datasets.formats import ARRAYS, NIFTI, read_hu
+from datasets.plausible import doubt
 from datasets.series import Refused
 from datasets.sinograms import is_projections, read_sinograms
 from datasets.write_volume import Place, anonymous, centred, place_of
@@ -71,6 +72,7 @@ def arguments() -> Parser:
     parser.add_argument("--series", type=int, help="which of several series, from 1 (default: the only one)")
     parser.add_argument("--derived", action="store_true", help="DERIVED and SECONDARY images too: reformatted, or made "
                         "by a program (default: left out)")
+    parser.add_argument("--trust-hu", action="store_true", help="values are HU even where they do not look so")
     parser.add_argument("--size", type=int, help="side in pixels (default: of a measurement the geometry's; else 256, "
                         "as trained, and for baselines the input's)")
     parser.add_argument("--format", choices=("dicom", *VOLUMES), default="dicom", help="of the output")
@@ -117,7 +119,7 @@ def simulated(args) -> Job:
     if args.views is None or not 1 <= args.views <= FULL_VIEWS:
         raise InputError(f"{args.input} holds images: say by --views how many to simulate, 1 to {FULL_VIEWS}. (For a "
                          "measured sinogram, describe its scanner by --geometry.)")
-    slices, names, problems = find_series(args.input, args.out, args.series, args.derived)
+    slices, names, problems = find_series(args.input, args.out, args.series, args.derived, args.trust_hu)
     located = originals_of(args, len(slices)) or slices
     size = args.size or (slices[0].size if args.method in BASELINES else 256)
     return Job(
@@ -125,7 +127,7 @@ def simulated(args) -> Job:
         places=[place_of(one, size, i) for i, one in enumerate(located)],
         size=size,
         views=args.views,
-        read=lambda i: resize_hu(load(slices[i].path)[slices[i].frame], size),
+        read=lambda i: read_hu(slices[i], size, args.trust_hu),
         measure=lambda reconstructor, hu: reconstructor.simulate(hu, args.views),
         original=None if located[0].path.lower().endswith(NIFTI + ARRAYS) else located[0].path,
         patient=anonymous(located[0]),
@@ -181,8 +183,10 @@ def open_work(path: Path, count: int, size: int) -> np.memmap:
     return np.load(path, mmap_mode="r+")
 
 
-def reconstruct_slices(job: Job, solve, work: np.ndarray, wanted: list[int], batch: int) -> list[tuple]:
-    """Fill in the wanted slices of the working file that are missing; (name, status, reason) of those that fail.
+def reconstruct_slices(job: Job, solve, work: np.ndarray, wanted: list[int], batch: int,
+                       trust: bool = False) -> list[tuple]:
+    """Fill in the wanted slices of the working file that are missing; (name, status, reason) of those that fail or,
+    unless `trust`, may not be HU.
 
     solve: a batch of what job.read gives -> HU (B, size, size).
     """
@@ -194,6 +198,8 @@ def reconstruct_slices(job: Job, solve, work: np.ndarray, wanted: list[int], bat
             for i in todo[start:start + batch]:
                 try:
                     read[i] = job.read(i)
+                    if job.scanner is None and not trust and (odd := doubt(read[i])):
+                        failed.append((job.names[i], "warning", odd[1]))
                 except InputError as error:
                     failed.append((job.names[i], "refused", str(error)))
             if read:
@@ -304,7 +310,7 @@ def main(argv=None) -> int:
     if missing:
         try:
             work = open_work(hidden, count, job.size)
-            problems += reconstruct_slices(job, solve, work, wanted, args.batch)
+            problems += reconstruct_slices(job, solve, work, wanted, args.batch, args.trust_hu)
             done = np.array([not (image == MISSING).any() for image in work])
             write_output(args, job, work, done, targets, header)
         except (KeyboardInterrupt, OSError) as error:  # an OSError is a full disk: readers raise Refused
@@ -319,6 +325,9 @@ def main(argv=None) -> int:
     for name, reason in refused:
         print(f"Refused: {name} {reason}.", file=sys.stderr)
     print(f"{args.out}: {count - sum(name in job.names for name, _ in refused)} of {count} slices.")
+    if odd := [(name, reason) for name, status, reason in problems if status == "warning" and name in job.names]:
+        print(f"Warning: {len(odd)} of {count} slices may not be what they should: {odd[0][0]} {odd[0][1]}.",
+              file=sys.stderr)
     return int(bool(refused))
 
 

@@ -7,9 +7,10 @@ The same command resumes: slices already in OUT are not done again. Under torchr
 import argparse
 import json
 import math
+import sys
 from pathlib import Path
 
-from datasets.slices import evenly_spaced, find_slices, fingerprint, patients_of, read_slices
+from datasets.slices import evenly_spaced, find_slices, fingerprint, patients_of, read_slices, remarks
 from models.baselines import TV_WEIGHT
 from models.levels import FULL_VIEWS
 from models.methods import METHODS
@@ -67,6 +68,7 @@ def parse(argv=None):
                         "published file)")
     parser.add_argument("--save-images", action="store_true", help="write reconstructions as HU .npy to OUT/images")
     parser.add_argument("--strict", action="store_true", help="stop at the first bad slice instead of skipping it")
+    parser.add_argument("--trust-hu", action="store_true", help="values are HU even where they do not look so")
     args = parser.parse_args(argv)
     for name in ("views", "methods", "windows"):
         setattr(args, name, list(dict.fromkeys(getattr(args, name))))
@@ -114,6 +116,8 @@ def write_tables(done, patients, run, args) -> list[dict]:
         notes.append(f"tv: weight {args.tv_weight:g}{chosen}.")
     kind = "main memory a process" if args.device == "cpu" else "GPU memory for tensors"
     notes.append(f"At most {max(row['peak_gib'] for row in summary):.2f} GiB of {kind}.")
+    if any((row.get("vif") or 0) > 1 for row in summary):
+        notes.append("VIF above 1 means more contrast than the truth, not a better image: are the slices in HU?")
     text = table(summary, notes)
     with atomic(args.out / "table.md") as partial:
         partial.write_text(text + "\n", encoding="utf-8")
@@ -142,7 +146,7 @@ def main(argv=None):
     for method in args.methods:
         reconstructor.check(method)
     chosen = [files[i] for i in evenly_spaced(len(files), args.limit)]
-    files, hu = read_slices(chosen, reconstructor.multiple, args.strict)
+    files, hu = read_slices(chosen, reconstructor.multiple, args.strict, args.trust_hu)
     names, patients = [f.name for f in files], patients_of(files)
     run = describe(args, reconstructor, fingerprint(files, hu))
     done = distributed.gather(open_results(args.out, run) if rank == 0 else None)[0]
@@ -161,6 +165,8 @@ def main(argv=None):
         x0 = reconstructor.degrade.full(mu[middle:middle + 1].to(args.device))
         draw(args, reconstructor, noise, x0, names[middle], summary)
         print(f"Written: tables and figures in {args.out}.")
+        for text in [] if args.trust_hu else remarks(files, hu):
+            print(f"Warning: {text}", file=sys.stderr)
     distributed.gather(rank)
     distributed.finish()
 

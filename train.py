@@ -26,6 +26,9 @@ def parse(argv=None):
     parser.add_argument("--init", type=Path, help="start from the weights of this checkpoint (default: none)")
     parser.add_argument("--strict", action="store_true", help="stop at the first bad slice instead of skipping it")
     parser.add_argument("--accept-new-data", action="store_true", help="resume although the slices have changed")
+    parser.add_argument("--patients-from", choices=("name", "manifest"), help="what alone tells the patient of a slice "
+                        "(default: manifest.csv, else the name, where it does not make every slice a patient)")
+    parser.add_argument("--trust-hu", action="store_true", help="values are HU even where they do not look so")
     parser.add_argument("--dry-run", action="store_true", help="print configuration and cost, and stop")
     add_fields(parser.add_argument_group("fields of a preset (models/presets.py)"), Preset, in_presets)
     args = parser.parse_args(argv)

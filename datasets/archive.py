@@ -19,16 +19,23 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from datasets.formats import scan
+from datasets.formats import NIFTI, scan
+from datasets.plausible import not_data
 from datasets.privacy import pseudonymizer
 from datasets.series import LeftOut, Problem, Refused, Slice, order_series, split_series
-from datasets.slices import patient_of, patients_of, read_manifest
+from datasets.slices import KNOWN, number_in, patient_of, patients_of, read_manifest, told_patients, unsure
 from utils.errors import InputError
 
 LIMIT = 300  # seconds a file: a decoder that takes longer hangs
 DIED = "crashed its reader, or kept it busy for over five minutes"
 MOST_WORKERS = 64  # each takes eight open files, and many systems allow 1024
-COMPANIONS = {"LICENSE", "NOTICE", "README.md", "metadata.csv", "index.csv", "manifest.csv", "report.csv", ".DS_Store"}
+OWN_SPLITS = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}  # of an archive
+# What comes with images and holds none, by name: of systems, viewers, discs and data sets. Content goes first.
+COMPANIONS = re.compile(
+    r"\..*|.*:Zone\.Identifier|Thumbs\.db|desktop\.ini|sheet\.png|(LICEN[SC]E|NOTICE|README|VERSION|LOCKFILE|CHANGELOG)(\..*)?|"
+    r".*\.(md|pdf|html?|css|json|jsonl|csv|tsv|xlsx?|docx?|xml|ya?ml|toml|log|md5|sha\d+|inf|ini|exe|dll|jar|bat|sh|py|"
+    r"jpe?g|gif|bmp|ico|svg|js)", re.I)
+PACKED = re.compile(r".*\.(zip|tar|tgz|tar\.gz|7z|rar)", re.I)
 
 
 @contextmanager
@@ -81,13 +88,17 @@ def _begin():
 
 
 @time_limit()
-def examine(path: str, derived: bool = False) -> tuple[list[Slice], list[Problem]]:
-    """The slices of a file, and what is wrong with it."""
+def examine(path: str, derived: bool = False, trust: bool = False) -> tuple[list[Slice], list[Problem]]:
+    """The slices of a file, and what is wrong with it. derived, trust: as of `scan`."""
     try:
-        slices = scan(path, derived)
+        slices = scan(path, derived, trust)
     except Refused as error:
-        verdict = LeftOut.verdict if os.path.basename(path) in COMPANIONS else error.verdict
-        return [], [(path, verdict, str(error))]
+        name = os.path.basename(path)
+        if COMPANIONS.fullmatch(name):
+            return [], [(path, LeftOut.verdict, "is no image; by its name it comes with them")]
+        if PACKED.fullmatch(name):
+            return [], [(path, "warning", "is a packed archive and was not read: unpack it if it holds images")]
+        return [], [(path, error.verdict, not_data(path) or str(error))]
     return slices, [(path, "warning", slices[0].warning)] if slices[0].warning else []
 
 
@@ -120,10 +131,10 @@ def find_files(inputs: list[str], out: Path) -> tuple[dict[str, str], list[Probl
 
 
 def read_headers(inputs: list[str], out: Path, workers: int,
-                 derived: bool = False) -> tuple[list[Slice], dict[str, str], list[Problem]]:
-    """(slices, {path: how it is shown}, problems) of all files below the inputs. derived: derived images too."""
+                 derived: bool = False, trust: bool = False) -> tuple[list[Slice], dict[str, str], list[Problem]]:
+    """(slices, {path: how it is shown}, problems) of all files below the inputs. derived, trust: as of `scan`."""
     files, problems = find_files(inputs, out)
-    slices, read = [], partial(examine, derived=derived)
+    slices, read = [], partial(examine, derived=derived, trust=trust)
     for path, found in zip(files, parallel(read, list(files), workers, "Reading headers"), strict=True):
         more, notes = found or ([], [(path, "refused", DIED)])
         slices += more
@@ -131,30 +142,74 @@ def read_headers(inputs: list[str], out: Path, workers: int,
     return slices, files, problems
 
 
-def name_patients(slices: list[Slice]) -> list[Slice]:
+def name_patients(slices: list[Slice], source: str | None = None) -> list[Slice]:
     """Fill in the patient of slices from files that do not say: from a manifest.csv beside them, or from the name.
 
-    A volume is a patient of its own, a slice `case_012` belongs to `case`; where names are bare numbers or the same
-    in several folders, the folder is the patient.
+    A volume is a patient of its own, a slice `case_012` belongs to `case`; where names are bare numbers or the same in
+    several folders, the folder is the patient.
+    source: `name` (of the file, where its header does not say), `folder` or `manifest`: this alone, the last two also
+    for files that say their patient. Raises InputError for a file that no manifest tells but should.
     """
-    paths = [Path(path) for path in sorted({one.path for one in slices if not one.patient})]
-    volumes = {Path(one.path) for one in slices if one.frame}
-    patients = dict(zip(paths, patients_of(paths), strict=True))
-    unnamed = {path for path in paths if patients[path] == patient_of(path.name)}  # by a manifest
-    for path in volumes & unnamed:
-        patients[path] = re.sub(r"\.nii$", "", path.stem, flags=re.I)
-    used = Counter((patients[path], path.name) for path in paths)
-    shared = {patient for (patient, _), count in used.items() if count > 1}
-    for path in unnamed:
-        if patients[path].isdigit() or patients[path] in shared:
-            patients[path] = Path(os.path.abspath(path)).parent.name
+    paths = [Path(path) for path in sorted({one.path for one in slices if source in ("folder", "manifest")
+                                            or not one.patient})]
+    volumes = _volumes(slices)
+    if source == "folder":
+        patients = _top_folders(paths)
+    elif source == "manifest":
+        patients = dict(zip(paths, patients_of(paths, source), strict=True))
+    else:
+        told = {} if source else told_patients(paths)
+        named = {path: re.sub(r"\.nii$", "", path.stem, flags=re.I) if path in volumes else patient_of(path.name)
+                 for path in paths if path not in told}
+        patients = {path: told.get(path) or named[path] for path in paths} | (
+            {} if source else _near_folders(named, volumes))
 
     def fill(one):
-        patient = patients[Path(one.path)]
-        return replace(one, patient=patient, names=(patient,) * (len(patient) >= 4),
-                       series=one.path if Path(one.path) in volumes else os.path.dirname(one.path))
+        path, patient = Path(one.path), patients[Path(one.path)]
+        series = one.series or (one.path if path in volumes else os.path.dirname(one.path))
+        told = (patient,) * (len(patient) >= 4 or source == "folder")  # shorter ones are in every file name
+        return replace(one, patient=patient, names=(*one.names, *told), series=series)
 
-    return [one if one.patient else fill(one) for one in slices]
+    return [fill(one) if Path(one.path) in patients else one for one in slices]
+
+
+def _volumes(slices):
+    return {Path(one.path) for one in slices if one.frame or one.path.lower().endswith(NIFTI)}
+
+
+def _top_folders(paths):
+    # {path: the first folder below what all have in common, but for train, val and test; else the common one}
+    folders = {path: Path(os.path.abspath(path)).parent for path in paths}
+    common = Path(os.path.commonpath(folders.values())) if folders else None
+    return {path: next((part for part in folder.relative_to(common).parts if part.lower() not in OWN_SPLITS),
+                       common.name) for path, folder in folders.items()}
+
+
+def _near_folders(named, volumes):
+    # {path: patient by its folder} of those of {path: patient by its name} whose names do not tell patients apart
+    folders = {path: Path(os.path.abspath(path)).parent for path in named}
+    used = Counter((patient, path.name) for path, patient in named.items())
+    shared = {patient for (patient, _), count in used.items() if count > 1}
+    alike = {path for path in volumes & named.keys() if named[path] in shared}
+    if len({folders[path] for path in alike}) < len({named[path] for path in alike}):
+        shared -= {named[path] for path in alike}  # arterial/case_1.nii and venous/case_1.nii, case_2, ...
+    return {path: patient_of(folder.name) if KNOWN.match(folder.name) else folder.name
+            for path, folder in folders.items()
+            if named[path] in shared or path not in volumes and named[path].isdigit()}
+
+
+def unsure_patients(slices: list[Slice]) -> str:
+    """A sentence where the patients of slices that are named cannot be right, by their number; else empty."""
+    volumes = _volumes(slices)
+    single = {path: one.patient for one in slices if one.corner is None and (path := Path(one.path)) not in volumes}
+    if all(path.stem == patient for path, patient in single.items()) and (text := unsure(list(single))):
+        return text
+    series = {one.series for one in slices}
+    if len({one.patient for one in slices}) == 1 < len(series):
+        return (f"All {len(series)} series are of one patient, by the ID in their headers or by the folder or name "
+                "that they share. If they are of several, tell them apart by --patients-from folder, or by a "
+                "manifest.csv and --patients-from manifest.")
+    return ""
 
 
 def group_series(slices: list[Slice]) -> list[list[Slice]]:
@@ -164,12 +219,12 @@ def group_series(slices: list[Slice]) -> list[list[Slice]]:
 
 
 def find_series(path: Path, out: Path, number: int | None = None,
-                derived: bool = False) -> tuple[list[Slice], list[str], list[Problem]]:
+                derived: bool = False, trust: bool = False) -> tuple[list[Slice], list[str], list[Problem]]:
     """(slices from feet to head, how each is called in messages, problems, with these names) of one series.
 
     number: which of several, from 1. Files below `out` are not read. Raises InputError where no series is chosen.
     """
-    slices, shown, problems = read_headers([str(path)], out, 1, derived)
+    slices, shown, problems = read_headers([str(path)], out, 1, derived, trust)
     slices = name_patients(_with_manifest(slices))
     groups, hide = group_series(slices), pseudonymizer(slices, keep=False)
     if not groups:
@@ -197,12 +252,11 @@ def _about(group):
 def _with_manifest(slices: list[Slice]) -> list[Slice]:
     """Spacing and position of slices that do not tell, from a manifest.csv that datasets.prepare wrote beside them."""
     folders = {Path(one.path).parent for one in slices if one.spacing is None}
-    told = {(folder / row["file"], int(row.get("index") or 0)): row
+    told = {(folder / row["file"], int(number_in(row, "index") or 0)): row
             for folder in folders for row in read_manifest(folder)}
 
     def fill(one):
         row = told.get((Path(one.path), one.frame), {})
-        spacing, position = (float(row[key]) if row.get(key) else None for key in ("spacing_mm", "position"))
-        return replace(one, spacing=spacing, position=position)
+        return replace(one, spacing=number_in(row, "spacing_mm"), position=number_in(row, "position"))
 
     return [fill(one) if one.spacing is None else one for one in slices]

@@ -154,10 +154,8 @@ def _parse(path, with_pixels, derived):
                     if (text := str(_optional(dataset, key) or "").strip())), None)
     if patient is None or not dataset.get("SeriesInstanceUID"):
         raise Refused("has no SeriesInstanceUID, or nothing that tells its patient")
-    # A word of a name is hidden from two letters on, a number only from four: shorter ones are in every file name.
     told = [str(_optional(dataset, key) or "") for key in ("PatientID", "PatientName")]
-    words = [told[0], *re.split(r"[\^=\s]+", told[1])]
-    names = tuple(word for word in words if len(word) >= (2 if word.isalpha() else 4))
+    names = tuple(filter(None, [told[0], *re.split(r"[\^=\s]+", told[1])]))
     return dataset, [_slice(path, dataset, frame, patient, names) for frame in range(frames)]
 
 
@@ -269,7 +267,8 @@ def _slice(path, dataset, frame, patient, names):
                  kernel=re.sub(r"[^\w .,/+-]", "", kernel)[:32], names=names, slope=slope, intercept=intercept,
                  warning="; ".join(warnings), orientation=tuple(orientation), corner=tuple(corner),
                  acquisition=str(acquisition or _optional(dataset, "AcquisitionNumber") or ""),
-                 uid=f"{_optional(dataset, 'SOPInstanceUID') or path} {frame}")
+                 uid=f"{_optional(dataset, 'SOPInstanceUID') or path} {frame}",
+                 description=str(_optional(dataset, "SeriesDescription") or ""))
 
 
 def _find(dataset, frame, group, keyword):

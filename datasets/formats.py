@@ -1,6 +1,10 @@
 """Files of every format to HU slices: DICOM, NIfTI, .npy (HU) and 16-bit PNG (value - 1024 = HU)."""
 
+import gzip
+import math
+import os
 import re
+from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
 
@@ -8,11 +12,15 @@ import numpy as np
 from PIL import Image
 
 from datasets import dicom
-from datasets.series import Refused, Slice, refuse_on_error
+from datasets.plausible import ALL_THE_SAME, doubt
+from datasets.series import LeftOut, Refused, Slice, refuse_on_error
 from utils.units import HU_RANGE
 
 NIFTI = (".nii", ".nii.gz")
 BAD_NIFTI = "cannot be read as NIfTI; is it damaged?"
+BAD_GZIP = "is damaged: its gzip check sum is wrong, or it ends too early, or it holds no NIfTI"
+MOST_BYTES = 4 << 30  # of a volume: a damaged header can claim terabytes
+MM = {1: 1000.0, 3: 0.001}  # NIfTI's codes for metres and microns
 
 
 def read_npy(path: str) -> np.ndarray:
@@ -21,11 +29,12 @@ def read_npy(path: str) -> np.ndarray:
 
 
 def read_png(path: str) -> np.ndarray:
-    """16-bit grey, where value - 1024 = HU."""
+    """16-bit grey, where value - 1024 = HU; or value - 32768 where most are so high, as in DeepLesion."""
     with Image.open(path) as image:
         if not image.mode.startswith("I"):
             raise Refused(f"is a PNG of mode {image.mode}; expected 16-bit grey, where value - 1024 = HU")
-        return np.asarray(image).astype(np.int32) - 1024
+        values = np.asarray(image).astype(np.int32)
+        return values - (32768 if np.median(values) > 16384 else 1024)
 
 
 READERS = {  # of files without a header: path -> HU, (H, H) or (N, H, H)
@@ -52,19 +61,72 @@ def resize_hu(hu: np.ndarray, size: int) -> np.ndarray:
     return np.rint(hu).astype(np.int16)
 
 
-def _open_nifti(path):
+def read_hu(one: Slice, size: int, trust: bool = False) -> np.ndarray:
+    """The (size, size) int16 HU of a slice. Raises Refused, or LeftOut for a label map.
+
+    Values that are no HU are refused unless `trust`, or a header says that they are (DICOM's).
+    """
+    hu = load(one.path)[one.frame]
+    resized = resize_hu(hu, size)
+    if not trust and one.path.lower().endswith(NIFTI + ARRAYS):
+        refuse_doubtful(hu)
+    return resized
+
+
+def refuse_doubtful(hu: np.ndarray, *verdicts: str) -> None:
+    """Raises Refused or LeftOut for values that are no HU. verdicts: of these alone."""
+    verdict, reason = doubt(hu) or ("warning", "")
+    if verdict in (verdicts or ("left out", "refused")):
+        raise (LeftOut if verdict == "left out" else Refused)(reason + ALL_THE_SAME)
+
+
+def _read_nifti(path):
+    # (volume (right, front, head) of HU, affine in mm, what is odd about it)
     import nibabel  # only these inputs need it, and it is slow to import
 
-    return nibabel.as_closest_canonical(nibabel.load(path))  # axes run right, front, head
+    with open(path, "rb") as raw:
+        zipped = raw.read(2) == b"\x1f\x8b"  # whatever its name says
+    with refuse_on_error(BAD_GZIP if zipped else BAD_NIFTI), (gzip.open if zipped else open)(path, "rb") as file:
+        wide = file.read(4) in (b"\x1c\x02\0\0", b"\0\0\x02\x1c")  # 540, the size of a NIfTI-2 header
+        file.seek(0)
+        image = (nibabel.Nifti2Image if wide else nibabel.Nifti1Image).from_stream(file)
+        kind, shape = image.get_data_dtype(), image.shape
+        if len(shape) < 3 or 0 in shape or np.prod(shape[3:]) != 1 or kind.kind not in "iuf":
+            raise Refused(f"holds {kind} of shape {shape}; expected one 3-D volume of HU")
+        needed = kind.itemsize * math.prod(shape)
+        if needed > min(MOST_BYTES, os.path.getsize(path) * (1100 if zipped else 1)):  # gzip packs no tighter
+            raise Refused(f"says that it holds {needed} bytes of voxels: it is truncated or damaged, or over the limit "
+                          f"of {MOST_BYTES >> 30} GiB")
+        volume = np.asanyarray(image.dataobj).reshape(shape[:3])
+        while zipped and file.read(1 << 20):  # to its end, where the check sum is compared
+            pass
+    with refuse_on_error(BAD_NIFTI):
+        affine, odd = _place(image.header, shape)
+        turn = nibabel.io_orientation(affine)
+        return (nibabel.apply_orientation(volume, turn),
+                affine @ nibabel.orientations.inv_ornt_aff(turn, shape[:3]), odd)
+
+
+def _place(header, shape):
+    # (affine in mm, what is odd about it): by the sform, else the qform, of those that have a code and can be inverted
+    found = []
+    for read in (header.get_sform, header.get_qform):
+        with suppress(Exception):  # numbers that are no rotation
+            matrix, code = read(coded=True)
+            found += [matrix] if code and np.isfinite(matrix).all() and np.linalg.det(matrix) else []
+    affine, odd = (found or [header.get_base_affine()])[0], ""
+    if not found:
+        odd = "does not say how the patient lies; the orientation may be wrong"
+    elif np.abs((found[0] - found[-1]) @ (*shape[:3], 1)).max() > np.abs(affine[:3, :3]).max():
+        odd = "says two places of the patient, by sform and qform; the sform is used"
+    return np.diag([MM.get(int(header["xyzt_units"]) & 7, 1.0)] * 3 + [1]) @ affine, odd
 
 
 @lru_cache(maxsize=1)  # the slices of a volume are asked for one after the other
 def load(path: str) -> np.ndarray:
     """All slices of a file of any format: (N, H, W) HU, not yet clipped. Raises Refused or LeftOut."""
     if path.lower().endswith(NIFTI):
-        with refuse_on_error(BAD_NIFTI):
-            image = _open_nifti(path)  # slices are (head, back, left)
-            return np.asanyarray(image.dataobj).reshape(image.shape[:3])[::-1, ::-1].transpose(2, 1, 0)
+        return _read_nifti(path)[0][::-1, ::-1].transpose(2, 1, 0)  # slices are (head, back, left)
     return _load_array(path) if path.lower().endswith(ARRAYS) else dicom.read_hu(path)
 
 
@@ -76,35 +138,43 @@ def _load_array(path):
     return array.reshape(-1, *array.shape[-2:])
 
 
-def scan(path: str, derived: bool = False) -> list[Slice]:
-    """The slices of a file of any format, without pixels where possible. Raises Refused or LeftOut."""
+def scan(path: str, derived: bool = False, trust: bool = False) -> list[Slice]:
+    """The slices of a file of any format, without pixels where possible. Raises Refused or LeftOut.
+
+    derived: take derived DICOM images too. Of a volume that is a label map, too, unless `trust`: it is no second scan
+    of its patient.
+    """
     if path.lower().endswith(NIFTI):
-        return _scan_nifti(path)
-    if not path.lower().endswith(ARRAYS):
+        slices, volume = _scan_nifti(path)
+    elif path.lower().endswith(ARRAYS):
+        slices, volume = _scan_array(path)
+    else:
         return dicom.read_header(path, derived)
-    count, rows, columns = load(path).shape
+    if not trust and volume.min() >= 0:
+        refuse_doubtful(volume, LeftOut.verdict)
+    return slices
+
+
+def _scan_array(path):
+    volume = load(path)
+    count, rows, columns = volume.shape
     if rows != columns:
         raise Refused(f"is {rows} x {columns} pixels, expected square: pad or crop it first")
     digits = re.search(r"(\d{1,9})$", Path(path).stem)
     first = int(digits[0]) if digits and count == 1 else 0
-    return [Slice(path, frame, number=first + frame, size=rows) for frame in range(count)]
+    return [Slice(path, frame, number=first + frame, size=rows) for frame in range(count)], volume
 
 
 @refuse_on_error(BAD_NIFTI)
 def _scan_nifti(path):
-    image = _open_nifti(path)
-    if len(image.shape) < 3 or np.prod(image.shape[3:]) != 1 or image.get_data_dtype().kind not in "iuf":
-        raise Refused(f"holds {image.get_data_dtype()} of shape {image.shape}; expected one 3-D volume of HU")
-    size, columns, count = image.shape[:3]
-    step = np.linalg.norm(image.affine[:3, :2], axis=0)
+    volume, affine, odd = _read_nifti(path)
+    size, columns, count = volume.shape
+    step = np.linalg.norm(affine[:3, :2], axis=0)
     if size != columns or not 0.05 <= min(step) <= max(step) <= min(10, 1.01 * min(step)):
         raise Refused(f"has {size} x {columns} pixels of {step[0]:g} x {step[1]:g} mm; expected square ones")
-    dicom.check_axial((image.affine[:3, :2] / step).T.ravel())
-    # Without these codes the file does not say how it lies, and nibabel assumes an orientation.
-    unknown = image.header.get("sform_code", 1) == image.header.get("qform_code", 1) == 0
-    warning = "does not say how the patient lies; the orientation may be wrong" if unknown else ""
-    to_left, to_back = -image.affine[:3, :2].T * (-1, -1, 1) / step[:, None]  # DICOM's axes run left, back, head
-    corners = [(image.affine @ (size - 1, size - 1, frame, 1))[:3] * (-1, -1, 1) for frame in range(count)]
-    return [Slice(path, frame, number=frame, size=size, spacing=float(step[0]), warning=warning,
-                  position=float(image.affine[2, 3] + frame * image.affine[2, 2]),
-                  orientation=(*to_left, *to_back), corner=tuple(corner)) for frame, corner in enumerate(corners)]
+    dicom.check_axial((affine[:3, :2] / step).T.ravel())
+    to_left, to_back = -affine[:3, :2].T * (-1, -1, 1) / step[:, None]  # DICOM's axes run left, back, head
+    corners = [(affine @ (size - 1, size - 1, frame, 1))[:3] * (-1, -1, 1) for frame in range(count)]
+    return [Slice(path, frame, number=frame, size=size, spacing=float(step[0]), warning=odd,
+                  position=float(affine[2, 3] + frame * affine[2, 2]), orientation=(*to_left, *to_back),
+                  corner=tuple(corner)) for frame, corner in enumerate(corners)], volume

@@ -1,5 +1,6 @@
 """Batches of training slices: everything random is a function of the seed and the global sample index."""
 
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -7,27 +8,37 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from datasets.slices import evenly_spaced, find_slices, fingerprint, read_slices, split_by_patient
+from datasets.slices import evenly_spaced, find_slices, fingerprint, patients_of, read_slices, remarks, split_by_patient
 from utils.distributed import shares
 from utils.units import hu_to_mu
 
 
-def load_slices(data, val_fraction: float, val_slices: int, seed: int, multiple: int, strict: bool):
+def load_slices(data, val_fraction: float, val_slices: int, seed: int, multiple: int, strict: bool,
+                trust: bool = False, source: str | None = None):
     """((names, mu), (names, mu), fingerprints) of training and validation slices; mu: (N, 1, H, H) float32, 1/cm.
 
-    val_slices: how many validate, spread evenly over theirs; 0: all.
+    val_slices: how many validate, spread evenly over theirs; 0: all. trust, source: as of datasets.slices. What is odd
+    about the slices is said.
     """
     train = find_slices(data, "train")
     one_folder = train[0].parent == Path(data)
-    train, val = split_by_patient(train, val_fraction, seed) if one_folder else (train, find_slices(data, "val"))
-    splits, prints = [], []
-    for files in (train, val):
-        files, hu = read_slices(files, multiple, strict)
+    train, val = (split_by_patient(train, val_fraction, seed, source) if one_folder
+                  else (train, find_slices(data, "val")))
+    splits, prints, owners = [], [], []
+    for files, part in ((train, "train"), (val, "validate")):
+        files, hu = read_slices(files, multiple, strict, trust)
         if val_slices and splits:
             chosen = evenly_spaced(len(hu), val_slices)
             files, hu = [files[i] for i in chosen], hu[chosen]
+        owners.append(set(patients_of(files, source)))
+        print(f"{len(files)} slices of {len(owners[-1])} patient(s) {part}.")
+        for text in remarks(files, hu) if source is None else ():
+            print(f"Warning: {text}", file=sys.stderr)
         prints.append(fingerprint(files, hu))
         splits.append(([f.name for f in files], hu_to_mu(torch.from_numpy(hu))[:, None]))
+    if common := owners[0] & owners[1]:
+        print(f"Warning: {len(common)} patient(s) train and validate, such as {min(common)}; validation looks better "
+              "than it is.", file=sys.stderr)
     return *splits, prints
 
 

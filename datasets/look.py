@@ -12,7 +12,8 @@ import numpy as np
 from PIL import Image, ImageDraw
 from tqdm import tqdm
 
-from datasets.slices import patients_of, read_manifest
+from datasets.plausible import doubt
+from datasets.slices import number_in, patients_of, read_manifest, unsure
 from utils.cli import Parser, script
 from utils.errors import InputError
 from utils.files import atomic
@@ -34,21 +35,18 @@ def read_array(path: Path) -> tuple[np.ndarray | None, list[str]]:
         return hu if usable else None, [f"is {hu.dtype} of shape {hu.shape}; expected square HU slices"]
     if not np.isfinite(hu).all():
         return hu, ["holds NaN or infinity"]
-    low, high = hu.min(), hu.max()
+    low, high, found = hu.min(), hu.max(), doubt(hu)
     return hu, [text for odd, text in (
         (hu.shape[-1] % 8, f"is {hu.shape[-1]} pixels wide, which the network (multiples of 8) does not take"),
         (low < HU_RANGE[0] or high > HU_RANGE[1], f"reaches from {low} to {high} HU, beyond {HU_RANGE}"),
-        (low == high, f"is {low} HU everywhere"),
-        (low > -500 and low != high, f"has no air (smallest value {low}): is it in HU?"),
-        (high < -200 and low != high, f"has nothing denser than {high} HU"),
-    ) if odd]
+        (found, (found or ("", ""))[1])) if odd]
 
 
 def check_manifest(folder: Path, rows: dict[str, dict[str, str]], found: list[tuple[Path, str, str]]) -> list[str]:
     """What is odd about a manifest's {file: row}, if it has any, beside the files' (path, patient, sha256)."""
     odd = [f"{name} of manifest.csv is not there" for name in rows if not (folder / name).exists()]
     odd += [f"{name} has a pixel spacing of {row['spacing_mm']} mm" for name, row in rows.items()
-            if row.get("spacing_mm") and not 0.1 <= float(row["spacing_mm"]) <= 4]
+            if row.get("spacing_mm") and not 0.1 <= (number_in(row, "spacing_mm") or 0) <= 4]
     for path, _, digest in found if rows else ():
         if path.name not in rows:
             odd.append(f"{path.name} is not in manifest.csv")
@@ -79,7 +77,7 @@ def look(folder: Path) -> tuple[list[str], list[tuple[Path, str, str]], list[np.
         numbers = list(slices.values())
         print(f"  slices a patient: {min(numbers)} to {max(numbers)}, median {np.median(numbers):g}")
     print("  sizes: " + ", ".join(f"{size} ({count} files)" for size, count in sizes.most_common()))
-    if spacings := [float(row["spacing_mm"]) for row in rows.values() if row.get("spacing_mm")]:
+    if spacings := [value for row in rows.values() if (value := number_in(row, "spacing_mm"))]:
         print(f"  pixel spacing: {min(spacings):.3f} to {max(spacings):.3f} mm, median {np.median(spacings):.3f}")
     for low, high, name, share in zip(BANDS, BANDS[1:], NAMES, counts / max(1, counts.sum()), strict=False):
         print(f"  {low:6d} .. {high - 1:5d} HU {share:6.1%} {'#' * round(40 * share):40s} {name}")
@@ -124,6 +122,7 @@ def main(argv: list[str] | None = None) -> int:
         raise InputError(f"{args.data} holds no .npy files, nor does a train_img/, val_img/ or test_img/ in it.")
     odds, founds, pictures = zip(*map(look, folders), strict=True)
     odd = sum(odds, []) + shared(sum(founds, []))
+    odd += [f"{folder.name}: {text}" for folder in folders if (text := unsure(sorted(folder.glob("[!.]*.npy"))))]
     print(f"\n{len(odd)} suspicious" + (":" if odd else ""))
     print("\n".join(f"  {line}" for line in odd[:50]) + (f"\n  and {len(odd) - 50} more" if len(odd) > 50 else ""))
     if any(pictures):

@@ -20,19 +20,33 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain, groupby
+from operator import attrgetter
 from pathlib import Path
 
 import numpy as np
 
-from datasets.archive import DIED, group_series, name_patients, parallel, read_headers, time_limit
-from datasets.formats import load, resize_hu
+from datasets.archive import (
+    DIED,
+    OWN_SPLITS,
+    group_series,
+    name_patients,
+    parallel,
+    read_headers,
+    time_limit,
+    unsure_patients,
+)
+from datasets.formats import load, read_hu
+from datasets.plausible import doubt
 from datasets.privacy import pseudonym, pseudonymizer
 from datasets.series import Problem, Refused, Slice, order_series
+from datasets.slices import IF_SO
 from utils.cli import Parser, script
 from utils.errors import InputError, RunFolderError, Stopped
 from utils.files import atomic, hash16, write_table
 
 SPLITS = ("train", "val", "test")
+DEFAULT_SPLIT = ["0.8", "0.1", "0.1"]
+LOW_DOSE = re.compile(r"\b(low|quarter|reduced)[ _-]*dose", re.I)
 COLUMNS = ("file", "patient", "index", "series", "position", "spacing_mm", "kernel", "source", "sha256")
 
 
@@ -70,8 +84,9 @@ def split_patients(patients: list[str], split: list[str], seed: int) -> dict[str
     return dict(zip(order, np.repeat(SPLITS, counts).tolist(), strict=True))
 
 
-def convert(outputs: list[Output], out: Path, size: int, volumes: bool) -> list[tuple[list[Slice], str, list[Problem]]]:
-    """Write those of the outputs that are missing: for each (slices it holds, sha256, problems)."""
+def convert(outputs: list[Output], out: Path, size: int, volumes: bool,
+            trust: bool = False) -> list[tuple[list[Slice], str, list[Problem]]]:
+    """Write those of the outputs that are missing: for each (slices it holds, sha256, problems). trust: as `scan`'s."""
     results, failed = [], {}  # {path: why}: such a file is not decoded again for its other slices
     for one in outputs:
         target, images, problems = out / one.folder / one.name, {}, []
@@ -81,16 +96,21 @@ def convert(outputs: list[Output], out: Path, size: int, volumes: bool) -> list[
                 if source.path in failed:
                     raise failed[source.path]
                 with time_limit():
-                    images[source] = resize_hu(load(source.path)[source.frame], size)
+                    load(source.path)
             except Refused as error:
                 failed[source.path] = error
-                problems.append((source.path, "refused", str(error)))
+                problems.append((source.path, error.verdict, str(error)))
+                continue
+            try:
+                images[source] = read_hu(source, size, trust)
+            except Refused as error:
+                problems.append((source.path, error.verdict, str(error)))
         kept = one.slices if whole else list(images)
         if images:
             with atomic(target) as temporary, open(temporary, "wb") as file:
                 np.save(file, np.stack(list(images.values())) if volumes else images[kept[0]])
-        if kept and (smallest := np.load(target, mmap_mode="r").min()) > -500:
-            problems.append((kept[0].path, "warning", f"has no air, its smallest value is {smallest}: is it in HU?"))
+        if kept and not trust and (found := doubt(np.load(target, mmap_mode="r"))):
+            problems.append((kept[0].path, "warning", found[1]))
         results.append((kept, hashlib.sha256(target.read_bytes()).hexdigest() if kept else "", problems))
     return results
 
@@ -125,11 +145,11 @@ def stopped_by_disk():
 
 @stopped_by_disk()
 def write_all(outputs: list[Output], out: Path, shown: dict[str, str], options: dict, workers: int,
-              problems: list[Problem], hide) -> int:
+              problems: list[Problem], hide, trust: bool = False) -> int:
     """Convert what is missing and write manifests and report; the exit status.
 
     shown: how each path is called; options: size, volumes, keep_names and whatever else makes another output;
-    problems: so far; hide: puts pseudonyms into a text.
+    problems: so far; hide: puts pseudonyms into a text; trust: values are HU even where they do not look so.
     """
     out.mkdir(parents=True, exist_ok=True)
     for leftover in out.glob("*_img/.*.partial"):  # of a run that was killed
@@ -137,7 +157,7 @@ def write_all(outputs: list[Output], out: Path, shown: dict[str, str], options: 
     if outputs:
         check_resume(out, outputs, shown, options)
     rows = defaultdict(list)
-    for one, (kept, sha256, found) in _convert_all(outputs, out, options["size"], options["volumes"], workers):
+    for one, (kept, sha256, found) in _convert_all(outputs, out, options["size"], options["volumes"], trust, workers):
         problems += found
         rows[one.folder] += [
             (one.name, one.patient, index, pseudonym(s.series, "series", options["keep_names"]),
@@ -156,14 +176,14 @@ def write_all(outputs: list[Output], out: Path, shown: dict[str, str], options: 
     return int(empty or counts["refused"] > 0)
 
 
-def _convert_all(outputs, out, size, volumes, workers):
+def _convert_all(outputs, out, size, volumes, trust, workers):
     # Yields (output, what `convert` says of it). One file's slices go together: it is decoded once.
     groups = defaultdict(list)
     for one in outputs:
         (out / one.folder).mkdir(exist_ok=True)
         groups[one.name if volumes else one.slices[0].path].append(one)
     chunk = 8 * len(groups) // max(1, len(outputs))  # a group of many slices goes alone
-    made = parallel(partial(convert, out=out, size=size, volumes=volumes), list(groups.values()), workers,
+    made = parallel(partial(convert, out=out, size=size, volumes=volumes, trust=trust), list(groups.values()), workers,
                     "Writing slices", chunk)
     for group, results in zip(groups.values(), made, strict=True):
         died = [([], "", [(one.slices[0].path, "refused", DIED)]) for one in group]
@@ -190,15 +210,56 @@ def plan_outputs(slices: list[Slice], part_of: dict[str, str], volumes: bool,
     return outputs, problems
 
 
-def prepare(inputs: list[str], out: Path, size: int, split: list[str], seed: int, volumes: bool, keep_names: bool,
-            workers: int, derived: bool = False) -> int:
+def own_split(slices: list[Slice], shown: dict[str, str]) -> dict[str, str]:
+    """{patient: part} where each file lies below one of several folders train, val and test; else empty.
+
+    Raises InputError for a patient who lies in two of them.
+    """
+    parts = defaultdict(set)
+    for one in slices:
+        parts[one.patient] |= {OWN_SPLITS.get(folder.lower().removesuffix("_img")) for folder in
+                               Path(shown[one.path]).parent.parts} - {None} or {None}
+    if None in (found := set().union(*parts.values())) or len(found) < 2:
+        return {}
+    if both := [patient for patient, found in parts.items() if len(found) > 1]:
+        raise InputError(f"{len(both)} patient(s) are in several of the input's folders train, val and test; split by "
+                         "patient anew, such as by --split 0.8 0.1 0.1.")
+    return {patient: found.pop() for patient, found in parts.items()}
+
+
+def prepare(inputs: list[str], out: Path, size: int, split: list[str] | None, seed: int, volumes: bool,
+            keep_names: bool, workers: int, trust_hu: bool = False, patients_from: str | None = None,
+            only: list[str] | None = None, derived: bool = False) -> int:
     """The whole of `python -m datasets.prepare`; returns the exit status."""
-    slices, shown, problems = read_headers(inputs, out, workers, derived)
-    slices = name_patients(slices)
-    part_of = split_patients(sorted({one.patient for one in slices}), split, seed)
-    outputs, more = plan_outputs(slices, part_of, volumes, keep_names)
-    options = {"size": size, "split": split, "seed": seed, "volumes": volumes, "keep_names": keep_names}
-    return write_all(outputs, out, shown, options, workers, problems + more, pseudonymizer(slices, keep_names))
+    slices, shown, problems = read_headers(inputs, out, workers, derived, trust_hu)
+    slices, more = choose_series(slices, only)
+    slices = name_patients(slices, patients_from)
+    part_of = {} if split else own_split(slices, shown)
+    if part_of:
+        print("The input's own folders train, val and test are the split; --split makes another.")
+    chosen = ["own"] if part_of else split or DEFAULT_SPLIT
+    part_of = part_of or split_patients(sorted({one.patient for one in slices}), chosen, seed)
+    if patients_from is None and (text := unsure_patients(slices)):
+        if sum(part.strip("0.") != "" for part in chosen if "=" not in part and part != "own") > 1:
+            raise InputError(text + IF_SO)
+        print(f"Warning: {text}", file=sys.stderr)
+    outputs, notes = plan_outputs(slices, part_of, volumes, keep_names)
+    options = {"size": size, "split": chosen, "seed": seed, "volumes": volumes, "keep_names": keep_names}
+    options |= {"patients_from": patients_from} if patients_from else {}
+    return write_all(outputs, out, shown, options, workers, problems + more + notes,
+                     pseudonymizer(slices, keep_names), trust_hu)
+
+
+def choose_series(slices: list[Slice], only: list[str] | None) -> tuple[list[Slice], list[Problem]]:
+    """(slices whose series description or kernel holds one of the texts, whatever its case; problems)."""
+    if only:
+        texts = [text.casefold() for text in only]
+        kept = [one for one in slices if any(text in f"{one.description}\n{one.kernel}".casefold() for text in texts)]
+        return kept, [(one.path, "left out", "is of a series that --only does not name") for one in
+                      sorted(set(slices) - set(kept), key=attrgetter("path"))]
+    low = {one.series: one.path for one in reversed(slices) if LOW_DOSE.search(one.description)}
+    return slices, [(path, "warning", "is of a series of lower dose, by its description: its noise would be taken for "
+                     "truth; choose series by --only") for path in low.values()]
 
 
 def parse_and_check(parser: Parser, argv: list[str] | None) -> argparse.Namespace:
@@ -221,9 +282,18 @@ def main(argv: list[str] | None = None) -> int:
     parser = Parser("python -m datasets.prepare", __doc__.split("\n\n")[1], fromfile_prefix_chars="@",
                     epilog="@FILE: arguments from FILE, one a line.")
     parser.add_argument("inputs", metavar="INPUT", nargs="+", help="a file or a folder of any layout")
-    parser.add_argument("--split", nargs="+", default=["0.8", "0.1", "0.1"], metavar="PART",
-                        help="fractions of patients for train, val and test (default: 0.8 0.1 0.1), or lists of "
-                             "patients' IDs: train=* val=A test=B,C, where * stands for all others")
+    parser.add_argument("--split", nargs="+", metavar="PART",
+                        help="fractions of patients for train, val and test (default: the input's own folders of these "
+                             "names, else 0.8 0.1 0.1), or lists of patients' IDs: train=* val=A test=B,C, where * "
+                             "stands for all others")
+    parser.add_argument("--patients-from", choices=("name", "folder", "manifest"),
+                        help="what tells the patient: the file (its header, else its name), the first folder below the "
+                             "input that differs, or manifest.csv (default: the header, a manifest.csv, the name or "
+                             "the folder, and a sentence where these cannot be right)")
+    parser.add_argument("--only", nargs="+", metavar="TEXT",
+                        help="series of DICOM with this text in their description or kernel (default: all)")
+    parser.add_argument("--trust-hu", action="store_true",
+                        help="values are HU even where they do not look so: label maps, [0, 1], HU + 1024")
     parser.add_argument("--seed", type=int, default=0, help="which patients go where with fractions")
     parser.add_argument("--volumes", action="store_true",
                         help="one (N, size, size) array a series, to be memory-mapped (default: a file a slice)")

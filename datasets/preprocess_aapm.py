@@ -1,7 +1,8 @@
 """AAPM 2016 Low Dose CT data to HU slices as published: `python -m datasets.preprocess_aapm AAPM --out DIR`.
 
-AAPM/L067/full_1mm/*.IMA becomes DIR/{train,val,test}_img/*.npy: 512 to 256 by a 2x2 mean, int16 HU, each slice named
-after its DICOM file. Patients' folder names (L067, ...) are public pseudonyms and are kept. Two splits:
+AAPM/L067/full_1mm/*.IMA, or TCIA's AAPM/L067/*/*Full Dose Images*/*.dcm, becomes DIR/{train,val,test}_img/*.npy: 512 to
+256 by a 2x2 mean, int16 HU, each slice named after its DICOM file. Patients' folder names (L067, ...) are public
+pseudonyms and are kept. Two splits:
 
   patient          L506 tests, L333 validates (most of what validates as published is of L333), the others train
   aapm-published   L506 tests; of all other slices, sorted by patient and file name, the first 90 % train and the
@@ -23,6 +24,7 @@ from utils.cli import Parser, script
 from utils.errors import InputError
 
 TEST, VALIDATION = "L506", "L333"
+LAYOUTS = ("full_1mm", "*/*Full Dose Images*")  # of the challenge, of TCIA
 
 
 def split_slices(slices: list[Slice], split: str) -> list[tuple[str, Slice]]:
@@ -37,10 +39,11 @@ def split_slices(slices: list[Slice], split: str) -> list[tuple[str, Slice]]:
 
 def preprocess(root: Path, out: Path, split: str, size: int, workers: int) -> int:
     """The whole of `python -m datasets.preprocess_aapm`; returns the exit status."""
-    folders = sorted(folder for folder in root.glob("L[0-9][0-9][0-9]/full_1mm") if folder.is_dir())
+    folders = sorted(folder for layout in LAYOUTS for folder in root.glob(f"L[0-9][0-9][0-9]/{layout}")
+                     if folder.is_dir())
     if not folders:
-        raise InputError(f"{root} holds no L067/full_1mm or the like; expected one folder a patient holding a folder "
-                         "full_1mm with .IMA files. For other layouts use python -m datasets.prepare.")
+        raise InputError(f"{root} holds no L067/{' or L067/'.join(LAYOUTS)} or the like; expected one folder a patient "
+                         "holding such a folder of DICOM files. For other layouts use python -m datasets.prepare.")
     slices, shown, problems = read_headers([str(folder) for folder in folders], out, workers)
     shown = {path: os.path.relpath(path, root) for path in shown}
     # The folder is the patient, whatever the file says.

@@ -42,7 +42,8 @@ class Slice:
     kernel: str = ""
     acquisition: str = ""            # what tells apart scans of one place
     uid: str = ""                    # the same for a copy of the slice
-    names: tuple[str, ...] = ()      # words that identify the patient
+    description: str = ""            # of the series; free text, never written
+    names: tuple[str, ...] = ()      # words that identify the patient, of a name and IDs
     warning: str = ""
     slope: float = 1.0
     intercept: float = 0.0

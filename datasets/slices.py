@@ -1,41 +1,98 @@
 """Folders of HU `.npy` slices: finding, checking, splitting by patient."""
 
+import codecs
 import csv
 import hashlib
+import io
+import math
+import os
 import re
 import sys
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
 
+from datasets.plausible import ALL_THE_SAME, doubt, not_data
 from utils.errors import InputError
 from utils.units import HU_RANGE
 
+# Data sets that tell the patient first: AAPM's L067_..., DeepLesion's 000001_01_01 (patient, study, series).
+KNOWN = re.compile(r"L\d{3}(?=_)|\d{6}(?=_\d\d_\d\d(?:_|$))")
+IF_SO = " If it is so, say --patients-from name."
+
 
 def patient_of(name: str) -> str:
-    """Patient of a slice file: up to the first `_` for AAPM names (L067_...), else the name without its `_number`."""
-    aapm = re.match(r"(L\d{3})_", Path(name).stem)
-    return aapm[1] if aapm else re.sub(r"_\d+$", "", Path(name).stem)
+    """Patient of a slice file: as AAPM's and DeepLesion's names tell it, else the name without its `_number`."""
+    known = KNOWN.match(Path(name).stem)
+    return known[0] if known else re.sub(r"_\d+$", "", Path(name).stem)
 
 
 def read_manifest(folder: Path) -> list[dict[str, str]]:
-    """Rows of FOLDER/manifest.csv, which datasets.prepare writes; none where there is no such file."""
+    """Rows of FOLDER/manifest.csv, ours or one from a spreadsheet: UTF-8 or UTF-16, commas, semicolons or tabs.
+
+    Empty where there is no such file, or where it has no columns file and patient: that is said once.
+    """
     path = folder / "manifest.csv"
-    if not path.is_file():
+    return _rows(path, os.stat(path).st_mtime_ns, os.path.getsize(path)) if path.is_file() else []
+
+
+@lru_cache
+def _rows(path, *version):
+    data = path.read_bytes()
+    wide = data[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+    text = data.decode("utf-16" if wide else "utf-8-sig", errors="backslashreplace")  # bytes of other encodings
+    text = re.sub(r"^sep=.*\n", "", text)
+    delimiter = max(",;\t", key=text.partition("\n")[0].count)
+    try:
+        header, *rows = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter)
+    except (csv.Error, ValueError):
+        header, rows = [], []
+    names = [name.strip().lower() for name in header]
+    if not {"file", "patient"} <= set(names):
+        print(f"{path} is ignored: it has the columns {', '.join(map(ascii, names[:9])) or 'of no table'}; expected "
+              "file and patient among them.", file=sys.stderr)
         return []
-    with open(path, newline="", encoding="utf-8") as file:
-        reader = csv.DictReader(file)
-        columns = reader.fieldnames or ()
-        if not {"file", "patient"} <= set(columns):
-            raise InputError(f"{path} has the columns {', '.join(columns)}; expected file and patient among them.")
-        return list(reader)
+    rows = [dict(zip(names, map(str.strip, row), strict=False)) for row in rows]
+    return [row for row in rows if row.get("file") and row.get("patient")]
 
 
-def patients_of(files: list[Path]) -> list[str]:
-    """Patient of each file: from the manifest.csv in its folder, else from its name."""
-    folders = {f.parent for f in files}
-    told = {folder / row["file"]: row["patient"] for folder in folders for row in read_manifest(folder)}
+def number_in(row: dict[str, str], column: str) -> float | None:
+    """The number in a row of a manifest, with a decimal point or comma; None where there is none."""
+    try:
+        value = float(row.get(column, "").replace(",", "."))
+    except ValueError:
+        return None
+    return value if math.isfinite(value) else None
+
+
+def told_patients(files: list[Path]) -> dict[Path, str]:
+    """{file: patient} as the manifests beside the files tell it."""
+    return {folder / row["file"]: row["patient"] for folder in {f.parent for f in files}
+            for row in read_manifest(folder)}
+
+
+def patients_of(files: list[Path], source: str | None = None) -> list[str]:
+    """Patient of each file: from the manifest.csv in its folder, else from its name.
+
+    source: `manifest` or `name`, and only that. Raises InputError for a file that no manifest tells but should.
+    """
+    told = {} if source == "name" else told_patients(files)
+    if source == "manifest" and (missing := [f for f in files if f not in told]):
+        raise InputError(f"No manifest.csv tells the patient of {len(missing)} file(s), such as {missing[0].name}; "
+                         "expected a row with file and patient in the table beside it.")
     return [told.get(f) or patient_of(f.name) for f in files]
+
+
+def unsure(files: list[Path]) -> str:
+    """A sentence where nothing but names tells the patients and these make every slice one of its own; else empty."""
+    told = told_patients(files)
+    bare = [f for f in files if f not in told]
+    if len(bare) < 2 or len({f.stem for f in bare}) < len(bare) or any(patient_of(f.name) != f.stem for f in bare):
+        return ""
+    return (f"By their names, each of {len(bare)} slices is of a patient of its own ({bare[0].name}, {bare[1].name}), "
+            "but slices of one scan are alike and must not be parted. Name them PATIENT_001.npy, or put a manifest.csv "
+            "with the columns file and patient beside them.")
 
 
 def find_slices(data: str | Path, split: str) -> list[Path]:
@@ -54,12 +111,17 @@ def find_slices(data: str | Path, split: str) -> list[Path]:
     raise InputError(f"{folder} holds no .npy slices; expected HU arrays of one slice each.")
 
 
-def read_slice(path: Path, multiple: int = 1) -> np.ndarray:
-    """One square HU slice, float32 (H, H), clipped to [-1024, 3071]; InputError unless H is divisible by `multiple`."""
+def read_slice(path: Path, multiple: int = 1, trust: bool = False) -> np.ndarray:
+    """One square HU slice, (H, H) or (1, H, H), as float32 (H, H), clipped to [-1024, 3071].
+
+    Raises InputError unless H is divisible by `multiple`, and for values that are no HU unless `trust`.
+    """
     try:
         hu = np.load(path, allow_pickle=False)
     except (OSError, ValueError, EOFError) as error:
-        raise InputError(f"{path.name} cannot be read as a .npy array ({error}).") from None
+        stub = os.path.isfile(path) and not_data(path)
+        raise InputError(f"{path.name} {stub or f'cannot be read as a .npy array ({error})'}.") from None
+    hu = hu[0] if hu.ndim == 3 and len(hu) == 1 else hu
     if hu.ndim != 2 or hu.shape[0] != hu.shape[1]:
         raise InputError(f"{path.name} has shape {hu.shape}; expected one square slice.")
     if hu.dtype.kind not in "iuf":
@@ -68,18 +130,23 @@ def read_slice(path: Path, multiple: int = 1) -> np.ndarray:
         raise InputError(f"{path.name} is {hu.shape[0]} pixels wide; the network takes sizes divisible by {multiple}.")
     if not np.isfinite(hu).all():
         raise InputError(f"{path.name} holds NaN or infinity; expected finite HU.")
+    found = None if trust else doubt(hu)
+    if found and found[0] != "warning":
+        raise InputError(f"{path.name} {found[1]}{ALL_THE_SAME}.")
     return hu.astype(np.float32).clip(*HU_RANGE)
 
 
-def read_slices(files: list[Path], multiple: int = 1, strict: bool = False) -> tuple[list[Path], np.ndarray]:
+def read_slices(files: list[Path], multiple: int = 1, strict: bool = False,
+                trust: bool = False) -> tuple[list[Path], np.ndarray]:
     """(files kept, their HU (N, H, H) float32). A bad slice, or one of another size, is named, skipped and counted.
 
-    Raises InputError where none is left, or with `strict` at the first bad one.
+    trust: values are HU even where they do not look so. Raises InputError where none is left, or with `strict` at the
+    first bad one.
     """
     kept, slices = [], []
     for path in files:
         try:
-            hu = read_slice(path, multiple)
+            hu = read_slice(path, multiple, trust)
             if slices and hu.shape != slices[0].shape:
                 raise InputError(f"{path.name} is {len(hu)} pixels wide, the slices before it {len(slices[0])}.")
         except InputError as error:
@@ -96,14 +163,27 @@ def read_slices(files: list[Path], multiple: int = 1, strict: bool = False) -> t
     return kept, np.stack(slices)
 
 
+def remarks(files: list[Path], hu: np.ndarray) -> list[str]:
+    """What a person should know of slices (N, H, H) that were read: values that may be no HU, patients by guess."""
+    odd = [f"{f.name} {found[1]}" for f, one in zip(files, hu, strict=True) if (found := doubt(one))]
+    texts = [f"{len(odd)} of {len(files)} slices may not be what they should: {odd[0]}."] if odd else []
+    return texts + [text for text in [unsure(files)] if text]
+
+
 def evenly_spaced(count: int, wanted: int | None) -> list[int]:
     """Indices of `wanted` of `count` slices, evenly spaced; of all where `wanted` is None, 0 or at least `count`."""
     return np.linspace(0, count - 1, min(wanted or count, count)).round().astype(int).tolist()
 
 
-def split_by_patient(files: list[Path], fraction: float, seed: int = 0) -> tuple[list[Path], list[Path]]:
-    """(training, validation) files; about `fraction` of the patients validate, at least one, never all."""
-    owners = patients_of(files)
+def split_by_patient(files: list[Path], fraction: float, seed: int = 0,
+                     source: str | None = None) -> tuple[list[Path], list[Path]]:
+    """(training, validation) files; about `fraction` of the patients validate, at least one, never all.
+
+    source: what tells the patients, as in `patients_of`. Raises InputError for one patient, or where it is unsure.
+    """
+    owners = patients_of(files, source)
+    if source is None and (text := unsure(files)):
+        raise InputError(text + IF_SO)
     patients = sorted(set(owners))
     if len(patients) < 2:
         raise InputError(f"All slices belong to one patient ({patients[0]}); splitting by patient needs two or more, "

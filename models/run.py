@@ -30,7 +30,8 @@ class Run:
         self.out, self.preset = args.out, preset
         self.rank, self.processes, self.device = distributed.start(args.device)
         (self.names, slices), (_, val_slices), fingerprints = load_slices(
-            args.data, args.val_fraction, preset.val_slices, args.seed, preset.network().multiple, args.strict)
+            args.data, args.val_fraction, preset.val_slices, args.seed, preset.network().multiple, args.strict,
+            args.trust_hu, args.patients_from)
         self.truths, self.val_truths = (ground_truths(mu, self.device, preset.dtype)
                                         for mu in (slices, val_slices[self.rank::self.processes]))
         self.truths = resident(self.truths, self.device)

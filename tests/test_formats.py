@@ -1,5 +1,6 @@
 """Files of every format to HU slices: arithmetic, order, orientation, and what bad files get."""
 
+import gzip
 import json
 import os
 from pathlib import Path
@@ -7,13 +8,13 @@ from pathlib import Path
 import numpy as np
 import pydicom
 import pytest
-from conftest import make_dicom, make_series
+from conftest import body, make_dicom, make_series
 from PIL import Image
 from pydicom.uid import DeflatedExplicitVRLittleEndian, ExplicitVRLittleEndian, ImplicitVRLittleEndian
 from test_prepare import reasons, run
 
 from datasets import dicom
-from datasets.formats import resize_hu, scan
+from datasets.formats import load, resize_hu, scan
 from datasets.prepare import Output, convert
 from datasets.series import Refused
 
@@ -192,6 +193,76 @@ def test_nifti_npy_and_png_give_the_same_slices_as_dicom(tmp_path):
         made = np.load(tmp_path / f"out-{source}/train_img" / rows[0]["file"])
         np.testing.assert_array_equal(made, [resize_hu(hu, 8) for hu in volume], err_msg=source)
         assert rows[0]["spacing_mm"] == ("1.4" if source in ("nii.nii.gz", "ras.nii", "dcm") else "")
+
+
+@pytest.fixture
+def nifti(tmp_path):
+    """A function that writes tmp_path/in/NAME, two slices of 0.8 mm with fields of its header set, and scans it."""
+    nibabel = pytest.importorskip("nibabel", reason="nibabel is in requirements.txt; without it NIfTI is not read")
+
+    def write(name, scale=1.0, codes=(2, 0), kind=nibabel.Nifti1Image, **fields):
+        volume = np.stack([body(16, 1), body(16, 2)]).transpose(2, 1, 0)
+        image = kind(volume, None)
+        affine = np.diag([-0.8 * scale, -0.8 * scale, 2 * scale, 1])
+        image.set_sform(affine, codes[0])
+        image.set_qform(affine, codes[1])
+        image.header["pixdim"][1:4] = 0.8 * scale, 0.8 * scale, 2 * scale
+        content, length = image.to_bytes(), len(image.header.binaryblock)
+        header = type(image.header)(content[:length])
+        for field, value in fields.items():
+            header[field] = value
+        (tmp_path / "in").mkdir(exist_ok=True)
+        (tmp_path / "in" / name).write_bytes(header.binaryblock + content[length:])
+        return tmp_path / "in" / name
+
+    return write
+
+
+def test_nifti_is_told_by_its_bytes(tmp_path, nifti):
+    import nibabel
+
+    wrong = [nifti("plain.nii.gz"), nifti("packed.nii"), nifti("second.nii", kind=nibabel.Nifti2Image)]
+    wrong[1].write_bytes(gzip.compress(wrong[0].read_bytes()))
+    for path in wrong:
+        np.testing.assert_array_equal(load(str(path)), [body(16, 1), body(16, 2)])
+    (tmp_path / "in/a.nii.gz").write_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:0")
+    (tmp_path / "in/b.nii").write_bytes(b"\n<html><body>Too many downloads</body></html>")
+    status, report, rows = run(tmp_path)
+    assert status == 1 and len(rows) == 6
+    assert "Git LFS pointer" in reasons(report)["a.nii.gz"] and "web page" in reasons(report)["b.nii"]
+
+
+def test_a_gzip_that_is_damaged_is_refused(nifti):
+    packed = nifti("a.nii.gz")
+    content = gzip.compress(packed.read_bytes(), 0)  # stored: a flipped bit is a changed voxel
+    for damaged in (content[:-300] + bytes([content[-300] ^ 1]) + content[-299:], content[:-4], content[:-60]):
+        packed.write_bytes(damaged)
+        with pytest.raises(Refused, match="gzip check sum is wrong"):
+            scan(str(packed))
+
+
+def test_nifti_that_does_not_say_how_it_lies(nifti):
+    assert scan(str(nifti("a.nii", codes=(0, 0))))[0].warning.startswith("does not say how the patient lies")
+    assert not scan(str(nifti("b.nii", codes=(0, 1))))[0].warning
+    zeros = nifti("c.nii", codes=(1, 1), srow_x=0, srow_y=0, srow_z=0)
+    assert (scan(str(zeros))[1].spacing, scan(str(zeros))[1].warning) == (pytest.approx(0.8), "")
+    np.testing.assert_array_equal(load(str(zeros)), [body(16, 1), body(16, 2)])
+    both = nifti("d.nii", codes=(1, 1), srow_x=[0.8, 0, 0, 0])
+    assert scan(str(both))[0].warning.startswith("says two places")
+
+
+def test_nifti_in_metres_and_microns(nifti):
+    for name, scale, code in (("m", 0.001, 1), ("mm", 1, 2), ("um", 1000, 3), ("unknown", 1, 0)):
+        first, second = scan(str(nifti(f"{name}.nii", scale, xyzt_units=code)))
+        assert first.spacing == pytest.approx(0.8) and second.position - first.position == pytest.approx(2)
+
+
+def test_nifti_that_says_more_than_it_holds_is_refused_before_memory_is_taken(nifti):
+    claims = nifti("a.nii", dim=[3, 4096, 4096, 30000, 1, 1, 1, 1])
+    for content in (claims.read_bytes(), gzip.compress(claims.read_bytes())):
+        claims.write_bytes(content)
+        with pytest.raises(Refused, match="says that it holds 1006632960000 bytes"):
+            scan(str(claims))
 
 
 @pytest.mark.parametrize("name, array, text", [

@@ -229,6 +229,20 @@ def test_aapm_names_and_splits(tmp_path, capsys):
     assert refuses(capsys, "full_1mm", preprocess_aapm.main, [str(tmp_path / "patient"), "--out", str(tmp_path / "z")])
 
 
+def test_aapm_as_tcia_has_it_full_dose_only(tmp_path, capsys):
+    for dose, uid in (("Full", "1.1"), ("Low", "1.2")):
+        make_series(tmp_path / f"in/L067/08-25-2018-1/1.000000-{dose} Dose Images-{uid}", 2, PatientID="L067",
+                    SeriesInstanceUID=uid, SeriesDescription=f"{dose} Dose Images", ConvolutionKernel=f"B{uid}")
+    assert preprocess_aapm.main([str(tmp_path / "in"), "--out", str(tmp_path / "aapm"), "--size", "8"]) == 0
+    rows = table(tmp_path / "aapm/train_img/manifest.csv")
+    assert len(rows) == 2 and all("Full Dose" in row["source"] for row in rows)
+    for only in ("full DOSE", "b1.1"):
+        status, report, rows = run(tmp_path, "--split", "1", "0", "0", "--only", only, out=only)
+        assert status == 0 and len(rows) == 2 and len(reasons(report, "left out")) == 2
+    _, report, rows = run(tmp_path, "--split", "1", "0", "0")
+    assert len(rows) == 4 and "series of lower dose" in reasons(report, "warning")["0.dcm"]
+
+
 def test_published_cut_has_the_published_numbers():
     counts = {"L067": 560, "L096": 823, "L109": 318, "L143": 585, "L192": 600, "L286": 525, "L291": 856, "L310": 533,
               "L333": 610, "L506": 526}
