@@ -7,6 +7,7 @@ The same command resumes: slices already in OUT are not done again. Under torchr
 import argparse
 import json
 import math
+import os
 from pathlib import Path
 
 from datasets.slices import evenly_spaced, find_slices, fingerprint, patients_of, read_slices
@@ -16,6 +17,7 @@ from models.methods import METHODS
 from models.weights import find_checkpoint
 from utils.cli import Parser, script
 from utils.files import atomic, hash16
+from utils.run_folder import lock
 from utils.units import WINDOWS, hu_to_mu, number
 
 
@@ -125,6 +127,8 @@ def write_tables(done, patients, run, args) -> list[dict]:
 def main(argv=None):
     args = parse(argv)
     files, checkpoint = find_slices(args.data, "test"), find_checkpoint(args.checkpoint)
+    if int(os.environ.get("RANK", 0)) == 0:
+        lock(args.out)
     import torch  # takes two seconds, as what needs it
 
     from fig.evaluation import draw

@@ -16,13 +16,12 @@ from itertools import groupby
 from operator import attrgetter
 from pathlib import Path
 
-from tqdm import tqdm
-
 from datasets.formats import scan
 from datasets.privacy import pseudonymizer
 from datasets.series import LeftOut, Problem, Refused, Slice, order_series
 from datasets.slices import patient_of, patients_of, read_manifest
 from utils.errors import InputError
+from utils.progress import Progress
 
 LIMIT = 300  # seconds a file: a decoder that takes longer hangs
 DIED = "crashed its reader, or kept it busy for over five minutes"
@@ -65,7 +64,7 @@ def parallel(function, tasks: list, workers: int, title: str, chunk: int = 8) ->
 
     results, parts = [], [tasks[k : k + chunk] for k in range(0, len(tasks), chunk)]
     with ExitStack() as processes, ThreadPoolExecutor(workers) as threads:
-        bar = processes.enter_context(tqdm(total=len(tasks), desc=title, disable=None))
+        bar = processes.enter_context(Progress(total=len(tasks), desc=title, unit="file"))
         for answers in threads.map(run, parts):
             results += answers
             bar.update(len(answers))

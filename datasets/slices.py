@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from utils.errors import InputError
+from utils.progress import Progress
 from utils.units import HU_RANGE
 
 
@@ -77,7 +78,7 @@ def read_slices(files: list[Path], multiple: int = 1, strict: bool = False) -> t
     Raises InputError where none is left, or with `strict` at the first bad one.
     """
     kept, slices = [], []
-    for path in files:
+    for path in Progress(files, desc="Reading slices", unit="slice", leave=False):
         try:
             hu = read_slice(path, multiple)
             if slices and hu.shape != slices[0].shape:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 
 from models.levels import FULL_VIEWS, LEVELS
 from models.scanner import PUBLISHED
@@ -23,7 +23,7 @@ def save_checkpoint(path: Path, state: dict[str, torch.Tensor], network: UNetCon
               "geometry": PUBLISHED, **about}
     weights = {name: value.detach().cpu().contiguous() for name, value in state.items()}
     with atomic(path) as partial:
-        save_file(weights, partial, metadata={"cvg_diff": json.dumps(header)})
+        partial.write_bytes(save(weights, metadata={"cvg_diff": json.dumps(header)}))  # save_file hides it from others
 
 
 def save_published(path: Path, network: UNet, epoch: int = 0) -> None:

@@ -7,7 +7,7 @@ import csv
 from itertools import groupby
 from pathlib import Path
 
-from utils.files import write_table
+from utils.files import write_table, writing
 from utils.metrics import METRICS
 from utils.run_folder import claim
 
@@ -36,7 +36,7 @@ def open_results(out: Path, run: dict) -> dict[tuple, list[dict]]:
 
 def append(out: Path, rank: int, rows: list[dict]) -> None:
     """Add rows to the part file of a process."""
-    with open(out / f"part-{rank}.csv", "a", newline="", encoding="utf-8") as file:
+    with writing(out), open(out / f"part-{rank}.csv", "a", newline="", encoding="utf-8") as file:
         csv.DictWriter(file, COLUMNS).writerows(rows)
 
 
