@@ -99,6 +99,7 @@ def describe(args, reconstructor, data: str) -> dict:
 
 def write_tables(done, patients, run, args) -> list[dict]:
     """results.csv, summary.json, comparisons.csv and table.md, which is printed too; the summary."""
+    from utils.metrics import METRICS
     from utils.results import table, write_rows
     from utils.statistics import compare, summarize
 
@@ -115,7 +116,12 @@ def write_tables(done, patients, run, args) -> list[dict]:
         chosen = ", chosen on validation slices" if args.tv_weight == TV_WEIGHT else ""
         notes.append(f"tv: weight {args.tv_weight:g}{chosen}.")
     kind = "main memory a process" if args.device == "cpu" else "GPU memory for tensors"
-    notes.append(f"At most {max(row['peak_gib'] for row in summary):.2f} GiB of {kind}.")
+    if peaks := [row["peak_gib"] for row in summary if row["peak_gib"] is not None]:
+        notes.append(f"At most {max(peaks):.2f} GiB of {kind}.")
+    for name, metric in METRICS.items():
+        if counts := [row[f"{name}_slices"] for row in summary if f"{name}_slices" in row]:
+            notes.append(f"{metric.label} is not a number for up to {len(patients) - min(counts)} slices, which are "
+                         "left out of its means.")
     text = table(summary, notes)
     with atomic(args.out / "table.md") as partial:
         partial.write_text(text + "\n", encoding="utf-8")

@@ -34,4 +34,5 @@ class Progress(tqdm):
             if time.monotonic() >= Progress.due:
                 Progress.due = time.monotonic() + EVERY
                 form = LINE if self.total else "{desc}: {elapsed} so far"
-                print(self.format_meter(**self.format_dict | {"bar_format": form}), flush=True)
+                name = self.desc.removesuffix(": ")
+                print(self.format_meter(**self.format_dict | {"bar_format": form, "prefix": name}), flush=True)
