@@ -153,7 +153,7 @@ def main(argv=None):
         reconstructor.check(method)
     chosen = [files[i] for i in evenly_spaced(len(files), args.limit)]
     files, hu = read_slices(chosen, reconstructor.multiple, args.strict)
-    names, patients = [f.name for f in files], patients_of(files)
+    names, patients = [f.name.encode("utf-8", "backslashreplace").decode() for f in files], patients_of(files)
     run = describe(args, reconstructor, fingerprint(files, hu))
     done = distributed.gather(open_results(args.out, run) if rank == 0 else None)[0]
     print(f"{len(names)} slices of {hu.shape[1]} x {hu.shape[2]}, checkpoint {checkpoint.name} "

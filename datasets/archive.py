@@ -6,6 +6,7 @@ import os
 import re
 import signal
 import stat
+import tempfile
 import threading
 from collections import Counter
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
@@ -48,7 +49,8 @@ def parallel(function, tasks: list, workers: int, title: str, chunk: int = 8) ->
     """
     workers = min(workers, MOST_WORKERS)
     chunk = max(1, min(chunk, len(tasks) // (4 * workers)))
-    context = multiprocessing.get_context("spawn" if os.name == "nt" else "forkserver")
+    spawn = os.name == "nt" or len(tempfile.gettempdir()) > 70  # a socket there may have a name of 107 characters
+    context = multiprocessing.get_context("spawn" if spawn else "forkserver")
     context.set_forkserver_preload(["datasets.archive", "utils.cli"])  # a process starts in milliseconds
     own = threading.local()  # a process a thread: it is clear whose tasks killed it, and the other processes go on
 

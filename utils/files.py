@@ -48,9 +48,12 @@ def writing(out: Path):
         yield
     except CvGDiffError:
         raise
-    except Exception as error:  # torch.save raises its own error over the cause
-        cause = error if isinstance(error, OSError) else error.__context__
-        if not isinstance(cause, OSError):
+    except Exception as error:
+        chain = [error]
+        while inner := chain[-1].__context__:  # torch.save and pydicom raise their own errors over the system's
+            chain.append(inner)
+        cause = next((one for one in reversed(chain) if isinstance(one, OSError)), None)
+        if cause is None:
             raise
         full = cause.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, None)  # None: NumPy counts what it wrote
         found, advice = ("takes no more data", "free some space") if full else ("cannot be written", "put that right")
