@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Lint and test in a fresh environment: what is not in the requirements files is missing here too.
 set -eu
-cd "$(dirname "$0")"
+CDPATH= cd -- "$(dirname -- "$(readlink -f -- "$0")")"
 
 rm -rf .check
 "${PYTHON:-python3}" -m venv .check

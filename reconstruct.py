@@ -11,12 +11,12 @@ when something was refused. Not for diagnosis.
 import os
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from pydicom.uid import generate_uid
-from tqdm import tqdm
 
 from datasets import write_volume
 from datasets.archive import find_series
@@ -32,7 +32,8 @@ from models.weights import find_checkpoint
 from utils.cli import Parser, script
 from utils.errors import InputError, Stopped
 from utils.files import atomic, hash16, write_table
-from utils.run_folder import claim
+from utils.progress import Progress
+from utils.run_folder import claim, lock
 from utils.units import HU_RANGE
 
 MISSING = np.int16(-32768)  # in the working file: not done yet; no HU is that low
@@ -174,12 +175,14 @@ def fingerprint(files) -> str:
 
 def open_work(path: Path, count: int, size: int) -> np.memmap:
     """The working file, (count, size, size) int16 HU or MISSING: what a stopped run has done is in it."""
-    if not path.is_file():
-        with atomic(path) as partial:
-            work = np.lib.format.open_memmap(partial, "w+", np.int16, (count, size, size))
-            for image in work:
-                image[:] = MISSING
-            work.flush()
+    with suppress(Exception):  # there is none, or it is damaged in whatever way
+        work = np.load(path, mmap_mode="r+")
+        if (work.shape, work.dtype) == ((count, size, size), np.int16):
+            return work
+    with atomic(path) as partial, open(partial, "wb") as file:
+        write_volume.write_header(file, (count, size, size))
+        for _ in range(count):
+            file.write(np.full((size, size), MISSING, "<i2").tobytes())
     return np.load(path, mmap_mode="r+")
 
 
@@ -192,7 +195,7 @@ def reconstruct_slices(job: Job, solve, work: np.ndarray, wanted: list[int], bat
     """
     todo = [i for i in wanted if (work[i] == MISSING).any()]  # any: a killed run may leave half a slice
     failed = []
-    with tqdm(total=len(todo), unit="slice", disable=None) as bar:
+    with Progress(total=len(todo), desc="Reconstructing", unit="slice") as bar:
         for start in range(0, len(todo), batch):
             read = {}
             for i in todo[start:start + batch]:
@@ -225,9 +228,9 @@ def around(index: int, k: int, count: int) -> range:
 def write_output(args, job: Job, work: np.ndarray, done: np.ndarray, targets: list[Path], header) -> None:
     """The finished volume in the chosen format; of DICOM the files that are not there yet. header: theirs."""
     if args.format in VOLUMES:
-        final = (smoothed(work, done, i, args.median_z) for i in tqdm(range(len(work)), desc="Writing", disable=None))
+        final = (smoothed(work, done, i, args.median_z) for i in Progress(range(len(work)), desc="Writing"))
         return VOLUMES[args.format][1](targets[0], final, job.places, job.size)
-    for i, target in enumerate(tqdm(targets, desc="Writing", disable=None)):
+    for i, target in enumerate(Progress(targets, desc="Writing")):
         if done[i] and not target.is_file():
             write_volume.write_dicom(target, header, smoothed(work, done, i, args.median_z), job.places[i], i)
 
@@ -278,6 +281,7 @@ def main(argv=None) -> int:
     args = parse(argv)
     if args.method not in BASELINES:
         args.checkpoint = find_checkpoint(args.checkpoint)
+    lock(args.out)
     is_measured = args.geometry is not None or is_projections(args.input)
     job = (measured if is_measured else simulated)(args)
     if args.format == "nifti":
@@ -313,8 +317,8 @@ def main(argv=None) -> int:
             problems += reconstruct_slices(job, solve, work, wanted, args.batch, args.trust_hu)
             done = np.array([not (image == MISSING).any() for image in work])
             write_output(args, job, work, done, targets, header)
-        except (KeyboardInterrupt, OSError) as error:  # an OSError is a full disk: readers raise Refused
-            raise Stopped(f"Stopped ({error!r}). What is done is kept; the same command does the rest.") from error
+        except KeyboardInterrupt:
+            raise Stopped("Stopped by Ctrl-C. What is done is kept; the same command does the rest.") from None
         if done[wanted].all():
             hidden.unlink()
     write_table(args.out / "report.csv", ("file", "status", "reason"), problems)

@@ -7,6 +7,7 @@ The same command resumes: slices already in OUT are not done again. Under torchr
 import argparse
 import json
 import math
+import os
 import sys
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from models.methods import METHODS
 from models.weights import find_checkpoint
 from utils.cli import Parser, script
 from utils.files import atomic, hash16
+from utils.run_folder import lock
 from utils.units import WINDOWS, hu_to_mu, number
 
 
@@ -99,6 +101,7 @@ def describe(args, reconstructor, data: str) -> dict:
 
 def write_tables(done, patients, run, args) -> list[dict]:
     """results.csv, summary.json, comparisons.csv and table.md, which is printed too; the summary."""
+    from utils.metrics import METRICS
     from utils.results import table, write_rows
     from utils.statistics import compare, summarize
 
@@ -115,9 +118,14 @@ def write_tables(done, patients, run, args) -> list[dict]:
         chosen = ", chosen on validation slices" if args.tv_weight == TV_WEIGHT else ""
         notes.append(f"tv: weight {args.tv_weight:g}{chosen}.")
     kind = "main memory a process" if args.device == "cpu" else "GPU memory for tensors"
-    notes.append(f"At most {max(row['peak_gib'] for row in summary):.2f} GiB of {kind}.")
+    if peaks := [row["peak_gib"] for row in summary if row["peak_gib"] is not None]:
+        notes.append(f"At most {max(peaks):.2f} GiB of {kind}.")
     if any((row.get("vif") or 0) > 1 for row in summary):
         notes.append("VIF above 1 means more contrast than the truth, not a better image: are the slices in HU?")
+    for name, metric in METRICS.items():
+        if counts := [row[f"{name}_slices"] for row in summary if f"{name}_slices" in row]:
+            notes.append(f"{metric.label} is not a number for up to {len(patients) - min(counts)} slices, which are "
+                         "left out of its means.")
     text = table(summary, notes)
     with atomic(args.out / "table.md") as partial:
         partial.write_text(text + "\n", encoding="utf-8")
@@ -129,6 +137,8 @@ def write_tables(done, patients, run, args) -> list[dict]:
 def main(argv=None):
     args = parse(argv)
     files, checkpoint = find_slices(args.data, "test"), find_checkpoint(args.checkpoint)
+    if int(os.environ.get("RANK", 0)) == 0:
+        lock(args.out)
     import torch  # takes two seconds, as what needs it
 
     from fig.evaluation import draw
@@ -147,7 +157,7 @@ def main(argv=None):
         reconstructor.check(method)
     chosen = [files[i] for i in evenly_spaced(len(files), args.limit)]
     files, hu = read_slices(chosen, reconstructor.multiple, args.strict, args.trust_hu)
-    names, patients = [f.name for f in files], patients_of(files)
+    names, patients = [f.name.encode("utf-8", "backslashreplace").decode() for f in files], patients_of(files)
     run = describe(args, reconstructor, fingerprint(files, hu))
     done = distributed.gather(open_results(args.out, run) if rank == 0 else None)[0]
     print(f"{len(names)} slices of {hu.shape[1]} x {hu.shape[2]}, checkpoint {checkpoint.name} "

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Evaluate CvG-Diff: PSNR, SSIM and RMSE at each sparsity level. Edit the variables.
 set -eu
-cd "$(dirname "$0")"
+CDPATH= cd -- "$(dirname -- "$(readlink -f -- "$0")")"
 
 DATA=datasets/sample                 # test_img/ of HU .npy slices, or a folder of slices
 CHECKPOINT=models/tiny.safetensors   # the shipped one, or OUT/checkpoint.safetensors of a training

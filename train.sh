@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Train CvG-Diff. Edit the variables; run the same command again to resume.
 set -eu
-cd "$(dirname "$0")"
+CDPATH= cd -- "$(dirname -- "$(readlink -f -- "$0")")"
 
 PRESET=tiny              # a row of models/presets.py: tiny (CPU) | small, base (GPU) | paper (the published recipe)
 DATA=datasets/sample     # train_img/ and val_img/ of HU .npy slices, or one folder of slices

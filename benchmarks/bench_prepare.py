@@ -9,10 +9,10 @@ from pathlib import Path
 import numpy as np
 import pydicom
 from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian, generate_uid
-from tqdm import trange
 
 from datasets.prepare import main as prepare
 from utils.cli import Parser, script
+from utils.progress import Progress
 
 GOAL = 1.6  # two processes on two idle cores
 
@@ -31,7 +31,7 @@ def write_series(folder: Path, count: int, side: int) -> None:
         "PhotometricInterpretation": "MONOCHROME2", "BitsAllocated": 16, "BitsStored": 16, "HighBit": 15,
         "PixelRepresentation": 0, "RescaleSlope": 1, "RescaleIntercept": -1024, "PixelSpacing": [0.7, 0.7],
         "ImageOrientationPatient": [1, 0, 0, 0, 1, 0]})
-    for index in trange(count, desc="Writing DICOM", disable=None):
+    for index in Progress(range(count), desc="Writing DICOM"):
         dataset.SOPInstanceUID = dataset.file_meta.MediaStorageSOPInstanceUID = generate_uid()
         dataset.InstanceNumber, dataset.ImagePositionPatient = index, [0, 0, index]
         dataset.PixelData = np.roll(disc, index, 1).astype(np.uint16).tobytes()

@@ -13,7 +13,6 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 
 import train
 from datasets.loader import batches, load_slices
@@ -25,6 +24,7 @@ from models.schedule import forward_calls, update_ema
 from models.unet import UNet
 from utils.cli import Parser, script
 from utils.device import bf16_pays, chosen_device, peak_flops
+from utils.progress import Progress
 
 GOALS = {"cpu": 1.2, "cuda": 6.0}
 PAPER_IMAGES = 40 * 4869
@@ -50,7 +50,7 @@ def plainest(preset, slices: torch.Tensor, images: int, device: str) -> float:
         return loss.item()
 
     spans = list(batches(len(slices), 4, images + warm * 4))
-    for number, (first, last) in enumerate(tqdm(spans, desc="Plainest loop", disable=None)):
+    for number, (first, last) in enumerate(Progress(spans, desc="Plainest loop")):
         if number == warm:
             start, counted_from = time.perf_counter(), first
         x0 = degrade.full(slices[torch.arange(first, last) % len(slices)].to(device))

@@ -19,7 +19,6 @@ from pathlib import Path
 
 import torch
 from torch.nn.functional import avg_pool1d, interpolate
-from tqdm import tqdm
 
 from datasets.slices import evenly_spaced, find_slices, fingerprint, patients_of, read_slices
 from models.consistency import ITERATIONS
@@ -30,6 +29,7 @@ from models.samplers import SAMPLERS
 from utils.cli import Parser, script
 from utils.device import chosen_device
 from utils.files import atomic, hash16
+from utils.progress import Progress
 from utils.results import append, open_results, write_rows
 from utils.statistics import summarize
 from utils.units import WINDOWS, hu_to_mu
@@ -143,7 +143,7 @@ def main(argv=None):
     done = {name: open_results(args.out / name, run) for name in scanners}
     x0 = Degradation().full(hu_to_mu(torch.from_numpy(hu))[:, None].to(args.device))
     total = len(scanners) * len(args.views) * len(methods) * len(names)
-    with tqdm(total=total, unit="slice", disable=None) as bar:
+    with Progress(total=total, desc="Methods", unit="slice") as bar:
         for name, measurement in scanners.items():
             evaluate(args, name, measurement, done[name], x0, names, patients, methods, bar)
     columns = ("views", "method", "psnr", "ssim", "rmse_hu", "vif", "nfe")

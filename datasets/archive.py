@@ -6,6 +6,7 @@ import os
 import re
 import signal
 import stat
+import tempfile
 import threading
 from collections import Counter
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
@@ -17,14 +18,13 @@ from itertools import groupby
 from operator import attrgetter
 from pathlib import Path
 
-from tqdm import tqdm
-
 from datasets.formats import NIFTI, scan
 from datasets.plausible import not_data
 from datasets.privacy import pseudonymizer
 from datasets.series import LeftOut, Problem, Refused, Slice, order_series, split_series
 from datasets.slices import KNOWN, number_in, patient_of, patients_of, read_manifest, told_patients, unsure
 from utils.errors import InputError
+from utils.progress import Progress
 
 LIMIT = 300  # seconds a file: a decoder that takes longer hangs
 DIED = "crashed its reader, or kept it busy for over five minutes"
@@ -57,7 +57,8 @@ def parallel(function, tasks: list, workers: int, title: str, chunk: int = 8) ->
     """
     workers = min(workers, MOST_WORKERS)
     chunk = max(1, min(chunk, len(tasks) // (4 * workers)))
-    context = multiprocessing.get_context("spawn" if os.name == "nt" else "forkserver")
+    spawn = os.name == "nt" or len(tempfile.gettempdir()) > 70  # a socket there may have a name of 107 characters
+    context = multiprocessing.get_context("spawn" if spawn else "forkserver")
     context.set_forkserver_preload(["datasets.archive", "utils.cli"])  # a process starts in milliseconds
     own = threading.local()  # a process a thread: it is clear whose tasks killed it, and the other processes go on
 
@@ -73,7 +74,7 @@ def parallel(function, tasks: list, workers: int, title: str, chunk: int = 8) ->
 
     results, parts = [], [tasks[k : k + chunk] for k in range(0, len(tasks), chunk)]
     with ExitStack() as processes, ThreadPoolExecutor(workers) as threads:
-        bar = processes.enter_context(tqdm(total=len(tasks), desc=title, disable=None))
+        bar = processes.enter_context(Progress(total=len(tasks), desc=title, unit="file"))
         for answers in threads.map(run, parts):
             results += answers
             bar.update(len(answers))

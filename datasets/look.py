@@ -10,13 +10,13 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw
-from tqdm import tqdm
 
 from datasets.plausible import doubt
 from datasets.slices import number_in, patients_of, read_manifest, unsure
 from utils.cli import Parser, script
 from utils.errors import InputError
 from utils.files import atomic
+from utils.progress import Progress
 from utils.units import HU_RANGE
 
 BANDS = (HU_RANGE[0], -950, -200, -20, 20, 100, 300, 1000, HU_RANGE[1] + 1)
@@ -60,7 +60,8 @@ def look(folder: Path) -> tuple[list[str], list[tuple[Path, str, str]], list[np.
     files, odd, found, chosen = sorted(folder.glob("[!.]*.npy")), [], [], []
     sizes, slices, counts = Counter(), Counter(), np.zeros(len(NAMES), int)
     wanted = set(np.linspace(0, len(files) - 1, 8).astype(int).tolist())
-    for index, (path, patient) in enumerate(tqdm(list(zip(files, patients_of(files), strict=True)), disable=None)):
+    owned = list(zip(files, patients_of(files), strict=True))
+    for index, (path, patient) in enumerate(Progress(owned, desc=folder.name, unit="file")):
         hu, reasons = read_array(path)
         odd += [f"{path.name} {reason}" for reason in reasons]
         if hu is None:

@@ -43,6 +43,7 @@ from datasets.slices import IF_SO
 from utils.cli import Parser, script
 from utils.errors import InputError, RunFolderError, Stopped
 from utils.files import atomic, hash16, write_table
+from utils.run_folder import lock, sweep
 
 SPLITS = ("train", "val", "test")
 DEFAULT_SPLIT = ["0.8", "0.1", "0.1"]
@@ -152,8 +153,7 @@ def write_all(outputs: list[Output], out: Path, shown: dict[str, str], options: 
     problems: so far; hide: puts pseudonyms into a text; trust: values are HU even where they do not look so.
     """
     out.mkdir(parents=True, exist_ok=True)
-    for leftover in out.glob("*_img/.*.partial"):  # of a run that was killed
-        leftover.unlink()
+    sweep(out)
     if outputs:
         check_resume(out, outputs, shown, options)
     rows = defaultdict(list)
@@ -279,7 +279,7 @@ def parse_and_check(parser: Parser, argv: list[str] | None) -> argparse.Namespac
 
 @script
 def main(argv: list[str] | None = None) -> int:
-    parser = Parser("python -m datasets.prepare", __doc__.split("\n\n")[1], fromfile_prefix_chars="@",
+    parser = Parser("python -m datasets.prepare", (__doc__ or "\n\n").split("\n\n")[1], fromfile_prefix_chars="@",
                     epilog="@FILE: arguments from FILE, one a line.")
     parser.add_argument("inputs", metavar="INPUT", nargs="+", help="a file or a folder of any layout")
     parser.add_argument("--split", nargs="+", metavar="PART",
@@ -305,6 +305,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parse_and_check(parser, argv)
     if missing := [path for path in args.inputs if not os.path.exists(path)]:
         parser.error(f"{missing[0]} does not exist")
+    lock(args.out)
     return prepare(**vars(args))
 
 

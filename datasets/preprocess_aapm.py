@@ -22,6 +22,7 @@ from datasets.prepare import Output, parse_and_check, write_all
 from datasets.series import Slice, order_series
 from utils.cli import Parser, script
 from utils.errors import InputError
+from utils.run_folder import lock
 
 TEST, VALIDATION = "L506", "L333"
 LAYOUTS = ("full_1mm", "*/*Full Dose Images*")  # of the challenge, of TCIA
@@ -67,7 +68,9 @@ def main(argv: list[str] | None = None) -> int:
     parser = Parser("python -m datasets.preprocess_aapm", __doc__)
     parser.add_argument("root", metavar="AAPM", type=Path, help="folder that holds L067/full_1mm and the like")
     parser.add_argument("--split", choices=("patient", "aapm-published"), default="patient", help="which of the two")
-    return preprocess(**vars(parse_and_check(parser, argv)))
+    args = parse_and_check(parser, argv)
+    lock(args.out)
+    return preprocess(**vars(args))
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ import numpy as np
 
 from datasets.plausible import ALL_THE_SAME, doubt, not_data
 from utils.errors import InputError
+from utils.progress import Progress
 from utils.units import HU_RANGE
 
 # Data sets that tell the patient first: AAPM's L067_..., DeepLesion's 000001_01_01 (patient, study, series).
@@ -144,7 +145,7 @@ def read_slices(files: list[Path], multiple: int = 1, strict: bool = False,
     first bad one.
     """
     kept, slices = [], []
-    for path in files:
+    for path in Progress(files, desc="Reading slices", unit="slice", leave=False):
         try:
             hu = read_slice(path, multiple, trust)
             if slices and hu.shape != slices[0].shape:

@@ -64,13 +64,17 @@ def centred(spacing: float, size: int, z: float) -> Place:
     return Place((spacing * (1 - size) / 2, spacing * (1 - size) / 2, z), spacing)
 
 
+def write_header(file, shape: tuple[int, ...]) -> None:
+    """Begin a `.npy` file of int16. What follows is written: a sparse map ends in a bus error on a full disk."""
+    np.lib.format.write_array_header_1_0(file, {"descr": "<i2", "fortran_order": False, "shape": shape})
+
+
 def write_npy(path: Path, slices: Iterator[np.ndarray], places: list[Place], size: int) -> None:
     """(N, size, size) int16 HU, slice by slice."""
-    with atomic(path) as partial:
-        volume = np.lib.format.open_memmap(partial, "w+", np.int16, (len(places), size, size))
-        for index, hu in enumerate(slices):
-            volume[index] = hu
-        volume.flush()
+    with atomic(path) as partial, open(partial, "wb") as file:
+        write_header(file, (len(places), size, size))
+        for hu in slices:
+            file.write(hu.astype("<i2").tobytes())
 
 
 def nifti_affine(places: list[Place]) -> np.ndarray:

@@ -1,5 +1,6 @@
 """Weights and their configuration: our safetensors files, and CvG-Diff's published pickles."""
 
+import hashlib
 import json
 import math
 import pickle
@@ -8,7 +9,7 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 
 from models.levels import FULL_VIEWS, LEVELS
 from models.scanner import PUBLISHED
@@ -22,8 +23,18 @@ def save_checkpoint(path: Path, state: dict[str, torch.Tensor], network: UNetCon
     header = {"network": asdict(network), "levels": LEVELS, "full_views": FULL_VIEWS, "protocol": "cvg",
               "geometry": PUBLISHED, **about}
     weights = {name: value.detach().cpu().contiguous() for name, value in state.items()}
+    header["sha256"] = _digest(header, weights)
     with atomic(path) as partial:
-        save_file(weights, partial, metadata={"cvg_diff": json.dumps(header)})
+        partial.write_bytes(save(weights, metadata={"cvg_diff": json.dumps(header)}))  # save_file hides it from others
+
+
+def _digest(header: dict, weights: dict[str, torch.Tensor]) -> str:
+    """SHA-256 of a header and of contiguous weights with their names."""
+    digest = hashlib.sha256(json.dumps(header).encode())
+    for name, value in sorted(weights.items()):
+        digest.update(f"{name} {value.dtype} {list(value.shape)}".encode())
+        digest.update(value.flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
 
 
 def save_published(path: Path, network: UNet, epoch: int = 0) -> None:
@@ -60,12 +71,15 @@ def _read_safetensors(path: Path) -> tuple[dict[str, torch.Tensor], dict]:
     try:
         with safe_open(path, "pt") as file:
             header = json.loads((file.metadata() or {}).get("cvg_diff", "null"))
-            state = {name: file.get_tensor(name).float() for name in file.keys()}
-    except (SafetensorError, ValueError, OSError) as error:
+            state = {name: file.get_tensor(name) for name in file.keys()}
+    except (SafetensorError, ValueError, OSError, RecursionError) as error:
         raise InputError(f"{path} is not a whole safetensors file ({error}); copy or download it again.") from error
-    if header is None:
+    if not isinstance(header, dict):
         raise InputError(f"{path} carries no CvG-Diff configuration; expected a file that train.py wrote.")
-    return state, header
+    sha256 = header.pop("sha256", None)  # older files have none
+    if sha256 not in (None, _digest(header, state)):
+        raise InputError(f"{path} is damaged: its content is not what its SHA-256 says; copy or download it again.")
+    return {name: value.float() for name, value in state.items()}, header
 
 
 def _read_published(path: Path) -> tuple[dict[str, torch.Tensor], dict]:
@@ -111,13 +125,24 @@ def load_checkpoint(path: str | Path, device: str = "cpu") -> tuple[UNet, dict]:
     state, header = (_read_safetensors if path.suffix == ".safetensors" else _read_published)(path)
     try:
         config = UNetConfig(**{**header["network"], "multipliers": tuple(header["network"]["multipliers"])})
-        network = UNet(config)
-    except (TypeError, KeyError, ValueError) as error:
-        raise InputError(f"{path} describes another architecture than this version knows ({error}).") from None
+        for name, value in asdict(config).items():
+            kind = type(getattr(UNetConfig, name))
+            if not isinstance(value, int | float if kind is float else kind) or kind is float and not abs(value) < 1e9:
+                raise TypeError(f"{name} {value!r}")
+        if config.blocks * len(config.multipliers) > max(100, len(state)):
+            raise ValueError(f"{config.blocks} blocks at {len(config.multipliers)} resolutions")
+        with torch.device("meta"):  # takes no memory, whatever width a damaged header asks for
+            expected = UNet(config).state_dict()
+    except Exception as error:  # values of any type, from a damaged header
+        raise InputError(f"{path} describes another architecture than this version knows ({error!r}).") from None
     _check_header(path, header)
-    if misfit := describe_mismatch(network.state_dict(), state):
+    if misfit := describe_mismatch(expected, state):
         raise InputError(f"{path} holds weights of another architecture than the {config.width}-channel U-Net "
                          f"expected. Tensors: {misfit}. They look like {infer_config(state) or 'no U-Net of ours'}.")
+    if bad := [name for name, value in state.items() if not value.isfinite().all()]:
+        raise InputError(f"{path} holds weights that are not finite ({', '.join(bad[:3])}): take another checkpoint of "
+                         "its training.")
+    network = UNet(config)
     network.load_state_dict(state)
     return network.eval().to(device), header
 
@@ -128,6 +153,9 @@ def _check_header(path: Path, header: dict) -> None:
         if header.get(name, here) != here:
             raise InputError(f"{path} was trained with another {name}: {header[name]}; this version simulates {here}. "
                              "Evaluate it with the code that trained it.")
+    training = header.get("training", {})
+    if not (isinstance(training, dict) and isinstance(training.get("preset", {}), dict)):
+        raise InputError(f"{path} says that it was trained as {training!r:.99}; expected a description by train.py.")
     levels = header.get("levels", LEVELS)
     if not (isinstance(levels, list | tuple) and levels and all(isinstance(n, int) and n > 0 for n in levels)
             and sorted(set(levels), reverse=True) == list(levels)):

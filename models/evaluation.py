@@ -8,7 +8,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch_radon import transmission_noise
-from tqdm import tqdm
 
 from models.baselines import sirt
 from models.degradation import Degradation
@@ -18,6 +17,7 @@ from models.samplers import redegrade, sequential
 from utils.device import memory, synchronize
 from utils.files import atomic
 from utils.metrics import score
+from utils.progress import Progress
 from utils.results import append
 from utils.units import mu_to_hu, pixel_cm
 
@@ -87,11 +87,12 @@ def evaluate(args, reconstructor: Reconstructor, noise: Noise, mu: torch.Tensor,
     """
     degrade, size, truths, warm = reconstructor.degrade, mu.shape[-1], {}, set()
     todo = [(n, i) for n in args.views for i in range(rank * args.batch, len(names), processes * args.batch)]
-    with tqdm(total=len(todo) * len(args.methods), unit="batch", disable=rank > 0 or None) as bar:
+    with Progress(total=len(todo) * len(args.methods), unit="batch", disable=rank > 0) as bar:
         for n, i in todo:
             batch, y = names[i:i + args.batch], None
             for method in args.methods:
                 bar.update()
+                bar.set_description(f"{method}, {n} views")
                 folder = args.out / "images" / f"{method}_{n}views"
                 images = [folder / name for name in batch] if args.save_images else []
                 if all((name, method, n) in done for name in batch) and all(image.is_file() for image in images):
@@ -106,9 +107,11 @@ def evaluate(args, reconstructor: Reconstructor, noise: Noise, mu: torch.Tensor,
                 x0_hat, calls, seconds, gib = timed(reconstructor, method, y, size, photons=noise.photons,
                                                     electronic=noise.electronic, **args.options.get(method, {}))
                 save_images(images, x0_hat)
-                append(args.out, rank, score_rows(x0_hat, x0, args.windows, [
+                rows = score_rows(x0_hat, x0, args.windows, [
                     {"file": name, "patient": patients[i + j], "method": method, "views": n, "nfe": calls[j],
-                     "seconds_per_slice": f"{seconds:.5f}", "peak_gib": f"{gib:.3f}"} for j, name in enumerate(batch)]))
+                     "seconds_per_slice": f"{seconds:.5f}", "peak_gib": f"{gib:.3f}"} for j, name in enumerate(batch)])
+                append(args.out, rank, rows)
+                bar.set_postfix(dB=f"{float(rows[0]['psnr']):.1f}", refresh=False)
 
 
 def save_images(paths: list[Path], x0_hat: torch.Tensor) -> None:

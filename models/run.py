@@ -4,7 +4,6 @@ import math
 from functools import partial
 
 import torch
-from tqdm import tqdm
 
 from datasets.loader import batches, load_batch, load_slices
 from models.checkpoint import save_checkpoint
@@ -17,8 +16,9 @@ from models.validation import validate
 from utils import distributed, run_folder, state
 from utils.device import memory, peak_flops, resident
 from utils.errors import Stopped
-from utils.files import full_disk, hash16
+from utils.files import hash16
 from utils.nonfinite import NonFinite
+from utils.progress import Progress
 from utils.scalars import Scalars, Step
 
 
@@ -29,55 +29,71 @@ class Run:
         """args: the arguments of train.py. Raises CvGDiffError's kinds for data or an OUT that cannot be used."""
         self.out, self.preset = args.out, preset
         self.rank, self.processes, self.device = distributed.start(args.device)
+        self.description = {"preset": preset.mathematics(), "seed": args.seed}
+        self.description |= {"init": hash16(args.init)} if args.init else {}
+        before, found = self._find()
         (self.names, slices), (_, val_slices), fingerprints = load_slices(
             args.data, args.val_fraction, preset.val_slices, args.seed, preset.network().multiple, args.strict,
             args.trust_hu, args.patients_from)
+        self.description["data"] = fingerprints
+        self.provenance = {"preset": args.preset, "training": self.description, "commit": state.commit(),
+                           "torch": torch.__version__}
+        if self.rank == 0:
+            self._claim(before, found, args.accept_new_data)
         self.truths, self.val_truths = (ground_truths(mu, self.device, preset.dtype)
                                         for mu in (slices, val_slices[self.rank::self.processes]))
         self.truths = resident(self.truths, self.device)
         self.count, self.size = len(self.names), self.truths.shape[-1]
         self.images, steps, _ = budget(preset, self.count)
-        self.description = {"preset": preset.mathematics(), "seed": args.seed, "data": fingerprints}
-        self.description |= {"init": hash16(args.init)} if args.init else {}
         self.trainer = Trainer(preset, seed=args.seed, steps=steps, device=self.device, processes=self.processes,
                                init=args.init)
         self.seen, self.best, skipped = 0, math.inf, 0
-        if found := self._resume(args.accept_new_data):
+        if found:
             self.trainer.load(found)
             self.seen, self.best, skipped = found["seen"], found["best"], found.get("skipped", 0)
             print(f"Resuming {self.out} after {self.seen} of {self.images} images.")
-        self.provenance = {"preset": args.preset, "training": self.description, "commit": state.commit(),
-                           "torch": torch.__version__}
+        if found:  # the run may have ended between its last state and this file
+            self._publish("checkpoint.safetensors")
         self.watch = NonFinite(preset.patience, skipped)
         self.scalars = Scalars(self.out, self.seen, writes=self.rank == 0)
         self.load = partial(load_batch, self.truths, seed=args.seed, preset=preset, rank=self.rank,
                             processes=self.processes, pin=self.truths.device.type != torch.device(self.device).type)
-        self.bar = tqdm(total=self.images, initial=self.seen, unit="img", desc=args.preset,
-                        disable=None if self.rank == 0 else True)
+        self.bar = Progress(total=self.images, initial=self.seen, unit="img", desc=args.preset, disable=self.rank > 0)
         self.psnr = {}
 
-    def _resume(self, accept_new_data: bool) -> dict | None:
-        """The state to go on from, or None at the start. Raises RunFolderError where OUT holds another run."""
-        path = found = None
+    def _find(self) -> tuple[dict | None, dict | None]:
+        """(description of the run that OUT holds, state to go on from), None at the start; before slices are read.
+
+        Raises RunFolderError where OUT holds another run.
+        """
+        before = path = found = None
         if self.rank == 0:
+            run_folder.lock(self.out)
             path, found = state.newest_state(self.out, self.device)
             before = run_folder.described(self.out) or (found and found["run"])  # run.json knows of data accepted since
-            if before and "preset" in before:
+            if before and isinstance(before.get("preset"), dict):
                 before |= {"preset": of_this_version(before["preset"])}
-            run_folder.claim(self.out, self.description, "run of train.py", before=before,
-                             accept=("data",) if accept_new_data else (),
-                             hints={"data": "the slices changed since it was begun. Restore them, give --out a new "
-                                            "folder, or go on with what is there now by --accept-new-data."})
-            if before and before.get("data") != self.description["data"]:
-                print("The slices changed since the run was begun; going on with what is there now.")
-            if before and found is None:
-                print(f"{self.out} holds no whole state: the run begins again.")
-            if found and found.get("versions", state.versions()) != state.versions():
-                print("Other package versions than before: the results may differ in their last bits.")
-            if found and found["commit"] != state.commit():
-                print(f"The run was begun at commit {found['commit']} and goes on with the code of {state.commit()}.")
+            data = {"data": before.get("data")} if before else {}
+            run_folder.check(self.out, self.description | data, "run of train.py", before=before)
         path = distributed.gather(path)[0]
-        return found if self.rank == 0 or not path else torch.load(path, map_location=self.device, weights_only=True)
+        other = self.rank > 0 and path
+        return before, torch.load(path, map_location=self.device, weights_only=True) if other else found
+
+    def _claim(self, before: dict | None, found: dict | None, accept_new_data: bool) -> None:
+        """Make OUT this run's, and say what is not as it was. Raises RunFolderError where its slices changed."""
+        run_folder.claim(self.out, self.description, "run of train.py", before=before,
+                         accept=("data",) if accept_new_data else (),
+                         hints={"data": "the slices changed since it was begun. Restore them, give --out a new "
+                                        "folder, or go on with what is there now by --accept-new-data."})
+        if before and before.get("data") != self.description["data"]:
+            print("The slices changed since the run was begun; going on with what is there now.")
+        if before and found is None:
+            print(f"{self.out} holds no whole state: the run begins again.")
+        if found and found.get("versions", state.versions()) != state.versions():
+            print("Other package versions than before: the results may differ in their last bits.")
+        if found and found["commit"] != self.provenance["commit"]:
+            print(f"The run was begun at commit {found['commit']} and goes on with the code of "
+                  f"{self.provenance['commit']}.")
 
     def spans(self) -> list[tuple[int, int]]:
         """(first, last) of the batches that are still to do."""
@@ -132,9 +148,8 @@ class Run:
 
     def _publish(self, name: str, **scores) -> None:
         if self.rank == 0:
-            with full_disk(self.out):
-                save_checkpoint(self.out / name, self.trainer.published.state_dict(), self.trainer.network.config,
-                                {**self.provenance, "images": self.seen, **scores})
+            save_checkpoint(self.out / name, self.trainer.published.state_dict(), self.trainer.network.config,
+                            {**self.provenance, "images": self.seen, **scores})
 
     def finish(self, signal: int, failed: bool) -> None:
         """Say how the run ended. Raises Stopped where it did not reach its end."""

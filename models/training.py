@@ -7,7 +7,6 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
-from tqdm import tqdm
 
 from datasets.loader import Part
 from models.checkpoint import load_checkpoint
@@ -21,6 +20,7 @@ from models.unet import UNet
 from utils.device import bf16_pays
 from utils.distributed import sync_gradients
 from utils.errors import InputError
+from utils.progress import Progress
 from utils.scalars import Step
 
 
@@ -129,5 +129,5 @@ def optimize(optimizer, network, clip: float, lr: float) -> tuple[torch.Tensor, 
 def ground_truths(mu: torch.Tensor, device: str, dtype: torch.dtype) -> torch.Tensor:
     """x0 = R(slice), mu (N, 1, H, H), on the CPU."""
     full = Degradation().full
-    bar = tqdm(range(0, len(mu), 8), desc="x0 = R(slice)", unit_scale=8, unit="slices", leave=False, disable=None)
+    bar = Progress(range(0, len(mu), 8), desc="x0 = R(slice)", unit_scale=8, unit="slices", leave=False)
     return torch.cat([full(mu[i:i + 8].to(device, dtype)).cpu() for i in bar]) if len(mu) else mu

@@ -3,6 +3,7 @@
 import os
 import pickle
 import pickletools
+import random
 
 import numpy as np
 import pytest
@@ -121,6 +122,48 @@ def test_other_files_get_a_sentence(content, sentence, tmp_path):
     path.write_bytes(content) if isinstance(content, bytes) else torch.save(content, path)
     with pytest.raises(InputError, match=sentence):
         load_checkpoint(path)
+
+
+def test_a_damaged_or_unfinished_file_is_refused(tmp_path):
+    path, config = tmp_path / "net.safetensors", UNetConfig(width=32, multipliers=(1,), blocks=1)
+    weights = UNet(config).state_dict()
+    save_checkpoint(path, weights, config, {"preset": "tiny"})
+    whole, rng = path.read_bytes(), random.Random(0)
+    load_checkpoint(path)
+    for _ in range(100):
+        bit = rng.randrange(8 * len(whole))
+        damaged = bytearray(whole)
+        damaged[bit // 8] ^= 1 << bit % 8
+        path.write_bytes(damaged)
+        with pytest.raises(InputError):
+            load_checkpoint(path)
+    weights["conv_out.bias"] = weights["conv_out.bias"] * float("nan")
+    save_checkpoint(path, weights, config, {})
+    with pytest.raises(InputError, match=r"not finite \(conv_out.bias\)"):
+        load_checkpoint(path)
+
+
+@pytest.mark.parametrize("change", [
+    {"network": 5}, {"network": {"width": 102400, "multipliers": [1]}}, {"network": {"blocks": 10**9,
+     "multipliers": [1]}}, {"network": {"multipliers": [1], "shift": "x"}}, {"network": {"multipliers": 3}},
+    {"training": []}, {"levels": {"a": 1}}, {"training": {"preset": 1}}])
+def test_a_header_of_other_values_is_refused_at_once(change, tmp_path):
+    path, network = tmp_path / "net.safetensors", UNet(UNetConfig(width=32, multipliers=(1,), blocks=1))
+    save_checkpoint(path, network.state_dict(), network.config, change)
+    with pytest.raises(InputError):
+        load_checkpoint(path)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="files have no such modes there")
+def test_a_checkpoint_can_be_read_by_whom_the_user_lets(tmp_path):
+    path, network = tmp_path / "net.safetensors", UNet(UNetConfig(width=32, multipliers=(1,), blocks=1))
+    for mask, mode in ((0o022, 0o644), (0o077, 0o600)):
+        before = os.umask(mask)
+        try:
+            save_checkpoint(path, network.state_dict(), network.config, {})
+        finally:
+            os.umask(before)
+        assert path.stat().st_mode & 0o777 == mode
 
 
 def test_names_and_addresses(tmp_path):

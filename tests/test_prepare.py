@@ -167,7 +167,7 @@ def written(tmp_path):
             if path.is_file()}
 
 
-def test_a_full_disk_ends_with_a_sentence_and_the_same_command_goes_on(tmp_path):
+def test_a_writing_ends_with_a_sentence_and_the_same_command_goes_on(tmp_path):
     make_series(tmp_path / "in", 12)
     full = subprocess.run(command(tmp_path, "--size", "64", "--workers", "2"), stderr=subprocess.PIPE, text=True,
                           cwd=ROOT, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (5000, 5000)))

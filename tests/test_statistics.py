@@ -45,6 +45,19 @@ def table():
     return {(f"f{i}", m, n): rows(v) for (m, n), values in psnr.items() for i, v in enumerate(values)}
 
 
+def test_what_is_not_a_number_for_one_slice_does_not_blank_the_others():
+    done = {(f"f{i}", "a", 18): rows(30 + i, vif=vif) for i, vif in enumerate(["0.5", "nan", "0.7", "nan"])}
+    first, second = summarize(done, ["A", "A", "B", "C"], ["a"], [18])
+    assert first["vif"] == pytest.approx(0.6) and first["vif_slices"] == 2 and first["psnr"] == 31.5
+    assert first["vif_ci_patients"] == interval(np.array([0.5, 0.7]), ["A", "B"]) and "psnr_slices" not in first
+    nothing = {key: rows(30, vif="nan", peak_gib="nan") for key in done}
+    (first, _) = summarize(nothing, ["A", "A", "B", "C"], ["a"], [18])
+    assert first["vif"] is None and first["peak_gib"] is None and "vif_std" not in first
+    both = {("f0", m, 18): rows(30) for m in "ab"} | {("f1", "a", 18): rows(30), ("f1", "b", 18): rows(float("nan"))}
+    (row,) = compare(both, ["a", "b"], [18])
+    assert row["slices"] == 1 and row["psnr_difference"] == 0
+
+
 def test_compare_pairs_methods_by_slice():
     found = compare(table(), ["a", "b", "c"], [18])
     assert [(r["method"], r["against"]) for r in found] == [("a", "b"), ("a", "c"), ("b", "c")]

@@ -92,7 +92,8 @@ def test_fine_tuning_starts_from_a_checkpoint(data, tmp_path, call):
     assert torch.equal(network.conv_in.weight[:, :4], expected["conv_in.weight"]) and not added.any()
     back = [*tuned[:3], tmp_path / "back", *tuned[4:-1], tmp_path / "other" / "checkpoint.safetensors"]
     assert "another architecture" in call(train.main, *plain, *back, expect=1)
-    assert "another architecture" in call(train.main, *plain, *tuned, "--width", "64", expect=1)
+    wide = [*tuned[:3], tmp_path / "wide", *tuned[4:], "--width", "64"]
+    assert "another architecture" in call(train.main, *plain, *wide, expect=1)
     assert "another init" in call(train.main, *plain, *tuned[:-2], expect=1)
 
 

@@ -24,7 +24,7 @@ from models import training
 from models.epct import loss
 from utils.device import memory_advice
 from utils.errors import Stopped
-from utils.files import full_disk
+from utils.files import writing
 from utils.nonfinite import NonFinite
 from utils.scalars import Step
 from utils.state import newest_state, save_state, versions
@@ -118,7 +118,7 @@ def test_a_state_cut_short_anywhere_is_passed_over(go, tmp_path, capsys):
     assert newest_state(out, "cpu")[0] == newest
 
 
-def test_a_full_disk_leaves_the_previous_state(go, tmp_path):
+def test_a_writing_leaves_the_previous_state(go, tmp_path):
     go("--images", "8", "--val-every", "100")
     out = tmp_path / "out"
     states = {path: path.read_bytes() for path in out.glob("state-*.pt")}
@@ -128,7 +128,7 @@ def test_a_full_disk_leaves_the_previous_state(go, tmp_path):
     try:
         with pytest.raises(Stopped, match="takes no more data.*free some space"):
             save_state(out, 12, state)
-        with pytest.raises(Stopped, match="takes no more data.*free some space"), full_disk(out):
+        with pytest.raises(Stopped, match="takes no more data.*free some space"), writing(out):
             network = torch.nn.Linear(1000, 1000)
             training_run.save_checkpoint(out / "checkpoint.safetensors", network.state_dict(),
                                          train.PRESETS["tiny"].network(), {})

@@ -2,26 +2,39 @@
 
 import argparse
 import functools
+import io
 import math
 import re
 import sys
 from typing import Literal, get_args, get_origin, get_type_hints
 
 from utils.errors import CvGDiffError
+from utils.run_folder import unlock
 
 
 def script(main):
-    """Decorates main(argv): an error of this project, or Ctrl-C, becomes its sentence and an exit status."""
+    """Decorates main(argv): an error of this project or the system, or Ctrl-C, becomes a sentence and an exit status.
+
+    What is printed appears at once in a pipe too, and no character stops it that the terminal does not know.
+    """
     @functools.wraps(main)
     def run(argv=None):
+        for stream in (sys.stdout, sys.stderr):
+            if isinstance(stream, io.TextIOWrapper):
+                stream.reconfigure(errors="backslashreplace", line_buffering=True)
         try:
             return main(argv)
         except CvGDiffError as error:
             print(f"{str(error).rstrip('.')}.", file=sys.stderr)
             sys.exit(error.status)
+        except OSError as error:
+            print(f"Stopped: {error}. What is written is whole; the same command goes on.", file=sys.stderr)
+            sys.exit(1)
         except KeyboardInterrupt:
             print("Stopped by Ctrl-C. What is written is whole; the same command goes on.", file=sys.stderr)
             sys.exit(130)
+        finally:
+            unlock()
 
     return run
 

@@ -1,8 +1,8 @@
 """Which device computes, in what precision it pays, its peak and its memory."""
 
-import resource
+import sys
 from contextlib import contextmanager
-from math import ceil
+from math import ceil, nan
 
 import torch
 
@@ -47,10 +47,15 @@ def resident(x: torch.Tensor, device: str) -> torch.Tensor:
 
 
 def memory(device: str) -> float:
-    """Largest memory of this process so far, GiB: the GPU's, or the main memory's where the CPU computes."""
+    """Largest memory of this process so far, GiB: the GPU's, or where the CPU computes the main memory's, NaN on
+    Windows."""
     if torch.device(device).type == "cuda":
         return torch.cuda.max_memory_reserved(device) / 2**30
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    try:
+        import resource
+    except ImportError:  # Windows
+        return nan
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**(30 if sys.platform == "darwin" else 20)
 
 
 @contextmanager
@@ -67,5 +72,3 @@ def memory_advice(batch: int, processes: int, accumulate: int):
         raise Stopped(f"Out of GPU memory with {part} slices at a time. Repeat the command with --accumulate "
                       f"{ceil(share / (part // 2))}: {part // 2} at a time, --batch {batch} as it is and so the same "
                       f"result; or, for another result, in a new folder, with --batch {max(1, batch // 2)}.") from None
-
-

@@ -4,40 +4,61 @@ import csv
 import errno
 import hashlib
 import os
-import re
 from contextlib import contextmanager
 from pathlib import Path
 
-from utils.errors import Stopped
+from utils.errors import CvGDiffError, Stopped
 
 
 @contextmanager
 def atomic(path: str | Path):
-    """Yield a temporary path beside `path`; rename it to `path` if the block succeeds, remove it if not."""
+    """Yield a temporary path beside `path`; rename it to `path` if the block succeeds, remove it if not.
+
+    File and folder are synchronized: neither a power cut nor a full disk costs what was there. Raises Stopped where
+    writing fails.
+    """
     path = Path(path)
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    with writing(path):
+        try:
+            yield partial
+            _sync(partial, os.O_RDWR)  # Windows refuses it for a file opened for reading
+            os.replace(partial, path)
+            if os.name != "nt":  # it opens no folders
+                _sync(path.parent, os.O_RDONLY)
+        finally:
+            partial.unlink(missing_ok=True)
+
+
+def _sync(path: Path, mode: int) -> None:
+    number = os.open(path, mode)
     try:
-        yield partial
-        with open(partial, "rb") as file:
-            os.fsync(file.fileno())
-        os.replace(partial, path)
+        os.fsync(number)
+    except OSError as error:
+        if error.errno != errno.EINVAL:  # some network file systems have no such call for folders
+            raise
     finally:
-        partial.unlink(missing_ok=True)
+        os.close(number)
 
 
 @contextmanager
-def full_disk(out: Path):
-    """Say in a sentence that the disk is full: what was whole on it still is. Raises Stopped."""
+def writing(out: Path):
+    """Say in a sentence that OUT cannot be written: what was whole there still is. Raises Stopped."""
     try:
         yield
-    except Exception as error:  # torch.save raises its own error over the cause, safetensors tells the number in words
-        told = re.search(r"\(os error (\d+)\)", str(error))
-        numbers = {getattr(error, "errno", None), getattr(error.__context__, "errno", None), told and int(told[1])}
-        full = numbers & {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
-        if not full:
+    except CvGDiffError:
+        raise
+    except Exception as error:
+        chain = [error]
+        while inner := chain[-1].__context__:  # torch.save and pydicom raise their own errors over the system's
+            chain.append(inner)
+        cause = next((one for one in reversed(chain) if isinstance(one, OSError)), None)
+        if cause is None:
             raise
-        raise Stopped(f"{out} takes no more data ({os.strerror(full.pop())}). What was written before is whole: free "
-                      "some space and repeat the command to go on from there.") from error
+        full = cause.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, None)  # None: NumPy counts what it wrote
+        found, advice = ("takes no more data", "free some space") if full else ("cannot be written", "put that right")
+        raise Stopped(f"Stopped: writing failed ({out} {found}: {cause.strerror or cause}). What was written before "
+                      f"is whole: {advice} and repeat the command to go on from there.") from error
 
 
 def hash16(data: bytes | Path) -> str:

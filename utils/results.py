@@ -4,14 +4,23 @@ Every process appends to a part file of its own, part-RANK.csv; `open_results` m
 """
 
 import csv
+import sys
+import zlib
 from itertools import groupby
 from pathlib import Path
 
-from utils.files import write_table
+from utils.files import write_table, writing
 from utils.metrics import METRICS
 from utils.run_folder import claim
 
-COLUMNS = ("file", "patient", "method", "views", "width", "centre", *METRICS, "nfe", "seconds_per_slice", "peak_gib")
+RESULT = ("file", "patient", "method", "views", "width", "centre", *METRICS, "nfe")
+MACHINE = ("seconds_per_slice", "peak_gib")  # differ from run to run
+COLUMNS = (*RESULT, *MACHINE, "check")
+
+
+def check_of(row: dict) -> str:
+    """Eight hexadecimal digits of a row's RESULT: the row is as it was written if they agree."""
+    return f"{zlib.crc32(repr([str(row.get(name, '')) for name in RESULT]).encode()):08x}"
 
 
 def open_results(out: Path, run: dict) -> dict[tuple, list[dict]]:
@@ -22,9 +31,7 @@ def open_results(out: Path, run: dict) -> dict[tuple, list[dict]]:
     claim(out, run, "run of test.py")
     done, parts = {}, sorted(out.glob("part-*.csv"))
     for path in filter(Path.is_file, (out / "results.csv", *parts)):
-        with open(path, newline="", encoding="utf-8") as file:
-            rows = [row for row in csv.DictReader(file, COLUMNS) if row["file"] != "file" and row["peak_gib"]]
-        for key, group in groupby(rows, lambda row: (row["file"], row["method"], int(row["views"]))):
+        for key, group in groupby(whole_rows(path), lambda row: (row["file"], row["method"], int(row["views"]))):
             if len(windows := list(group)) == len(run["windows"]):  # a killed run may leave some, or half a line
                 done[key] = windows
     if parts:
@@ -34,10 +41,28 @@ def open_results(out: Path, run: dict) -> dict[tuple, list[dict]]:
     return done
 
 
+def whole_rows(path: Path) -> list[dict]:
+    """The rows of a file that are as they were written. The others are counted, and their slices done again."""
+    found, damaged = [], 0
+    *lines, _ = path.read_bytes().decode("utf-8", errors="replace").split("\n")  # the last: nothing, or half a line
+    for line in lines:
+        try:
+            row = dict(zip(COLUMNS, next(csv.reader([line]), ()), strict=True))
+            if row["check"] != check_of(row) or min(float(row[name]) for name in MACHINE) < 0:
+                raise ValueError
+            found.append(row)
+        except (ValueError, TypeError, csv.Error):
+            damaged += line.strip() != ",".join(COLUMNS)
+    if damaged:
+        print(f"{path}: {damaged} rows are damaged, or of an older version; their slices are done again.",
+              file=sys.stderr)
+    return found
+
+
 def append(out: Path, rank: int, rows: list[dict]) -> None:
     """Add rows to the part file of a process."""
-    with open(out / f"part-{rank}.csv", "a", newline="", encoding="utf-8") as file:
-        csv.DictWriter(file, COLUMNS).writerows(rows)
+    with writing(out), open(out / f"part-{rank}.csv", "a", newline="", encoding="utf-8") as file:
+        csv.DictWriter(file, COLUMNS).writerows({**row, "check": check_of(row)} for row in rows)
 
 
 def write_rows(path: Path, rows: list[dict]) -> None:

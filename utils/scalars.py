@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import torch
 
-from utils.files import atomic, full_disk
+from utils.files import atomic, writing
 
 
 def read_lines(path: Path) -> list[dict]:
@@ -46,7 +46,8 @@ class Scalars:
             partial.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
         try:
             from torch.utils.tensorboard import SummaryWriter
-            self.board = SummaryWriter(str(out), purge_step=seen + 1)
+            with writing(out):
+                self.board = SummaryWriter(str(out), purge_step=seen + 1)
         except ImportError:
             print("TensorBoard is not installed: its logging is off, metrics.jsonl has the same numbers.")
 
@@ -79,14 +80,16 @@ class Scalars:
         """Write values, and a picture (1, H, W) in [0, 1], at `seen` images."""
         if not self.writes:
             return
-        with full_disk(self.lines.parent), open(self.lines, "a", encoding="utf-8") as file:
-            file.write(json.dumps({"images": seen, **values}) + "\n")
-        for name, value in values.items() if self.board else ():
-            self.board.add_scalar(name, value, seen)
-        if self.board and picture is not None:
-            self.board.add_image("val/truth_fbp_reconstruction", picture.cpu(), seen)
+        with writing(self.lines.parent):
+            with open(self.lines, "a", encoding="utf-8") as file:
+                file.write(json.dumps({"images": seen, **values}) + "\n")
+            for name, value in values.items() if self.board else ():
+                self.board.add_scalar(name, value, seen)
+            if self.board and picture is not None:
+                self.board.add_image("val/truth_fbp_reconstruction", picture.cpu(), seen)
 
     def close(self) -> None:
         """Flush TensorBoard's file."""
         if self.board:
-            self.board.close()
+            with writing(self.lines.parent):
+                self.board.close()

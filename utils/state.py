@@ -6,16 +6,20 @@ import subprocess
 import sys
 from contextlib import suppress
 from pathlib import Path
+from zipfile import BadZipFile, ZipFile
 
 import torch
 
-from utils.files import atomic, full_disk
+from utils.files import atomic
 
 
 def commit() -> str:
-    """Git commit of this code, or "unknown" outside a repository."""
-    found = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True)
-    return found.stdout.strip() if found.returncode == 0 else "unknown"
+    """Git commit of this code, or "unknown" outside a repository and where git is not installed."""
+    try:
+        return subprocess.check_output(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent,
+                                       stderr=subprocess.DEVNULL).decode().strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
 
 
 def versions() -> dict[str, str]:
@@ -30,7 +34,7 @@ def versions() -> dict[str, str]:
 def save_state(out: Path, seen: int, content: dict) -> None:
     """Write state-`seen`.pt; then remove all older ones but one. Later ones are damaged and will be overwritten."""
     path = out / f"state-{seen:09d}.pt"
-    with full_disk(out), atomic(path) as partial, open(partial, "wb") as file:
+    with atomic(path) as partial, open(partial, "wb") as file:
         torch.save(content, file)
     for old in [p for p in sorted(out.glob("state-*.pt")) if p <= path][:-2]:
         old.unlink()
@@ -40,6 +44,9 @@ def newest_state(out: Path, device: str):
     """(path, content) of the newest whole state, or (None, None); a damaged one is named and passed over."""
     for path in sorted(out.glob("state-*.pt"), reverse=True):
         try:
+            with ZipFile(path) as file:
+                if damaged := file.testzip():  # PyTorch does not compare the check sums
+                    raise BadZipFile(damaged)
             torch.load(path, map_location="cpu", weights_only=True)
         except Exception as error:  # a truncated zip fails in many ways, and an older state serves
             print(f"{path.name} cannot be read ({type(error).__name__}); trying the one before.", file=sys.stderr)

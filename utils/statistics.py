@@ -34,7 +34,8 @@ def holm(p: list[float]) -> list[float]:
 def summarize(done: dict[tuple, list[dict]], patients: list[str], methods, views, seed: int = 0) -> list[dict]:
     """A row for each method, view count and window: means over slices, spread and intervals.
 
-    done: result rows, one a window, by (file, method, views), the files in the order of `patients`.
+    done: result rows, one a window, by (file, method, views), the files in the order of `patients`. A metric that is
+    NaN for some slices is that of the others, and `<metric>_slices` says how many these are.
     """
     summary = []
     for n, method in product(views, methods):
@@ -42,15 +43,18 @@ def summarize(done: dict[tuple, list[dict]], patients: list[str], methods, views
         for rows in zip(*slices, strict=True):  # one window
             value = {k: np.array([float(row[k] or "nan") for row in rows])
                      for k in (*METRICS, "nfe", "seconds_per_slice", "peak_gib")}
-            peak = float(value.pop("peak_gib").max())
-            mean = {k: None if np.isnan(v.mean()) else float(v.mean()) for k, v in value.items()}
+            there = {k: ~np.isnan(v) for k, v in value.items()}
+            mean = {k: float(v[there[k]].mean()) if there[k].any() else None for k, v in value.items()}
+            peak = float(value["peak_gib"].max()) if mean.pop("peak_gib") is not None else None
             found = {"method": method, "views": n, "window": [number(rows[0][k]) for k in ("width", "centre")], **mean,
                      "peak_gib": peak, "slices": len(rows), "patients": len(set(patients))}
             for k in METRICS:
                 if mean[k] is not None:
-                    found[f"{k}_std"] = float(value[k].std(ddof=1)) if len(rows) > 1 else None
-                    found[f"{k}_ci_slices"] = interval(value[k], range(len(rows)), seed)
-                    found[f"{k}_ci_patients"] = interval(value[k], patients, seed)
+                    kept, owners = value[k][there[k]], np.array(patients)[there[k]]
+                    found |= {} if len(kept) == len(rows) else {f"{k}_slices": len(kept)}
+                    found[f"{k}_std"] = float(kept.std(ddof=1)) if len(kept) > 1 else None
+                    found[f"{k}_ci_slices"] = interval(kept, range(len(kept)), seed)
+                    found[f"{k}_ci_patients"] = interval(kept, owners, seed)
             summary.append(found)
     return summary
 
@@ -62,6 +66,9 @@ def compare(done: dict[tuple, list[dict]], methods, views) -> list[dict]:
     for n, (a, b) in product(views, combinations(methods, 2)):
         scores = [np.array([float(r[0]["psnr"]) for (_, k, v), r in done.items() if (k, v) == (m, n)]) for m in (a, b)]
         difference = scores[0] - scores[1]
+        difference = difference[~np.isnan(difference)]
+        if not len(difference):
+            continue
         p = float(wilcoxon(difference).pvalue) if difference.any() else 1.0
         rows.append({"views": n, "method": a, "against": b, "psnr_difference": float(difference.mean()),
                      "slices": len(difference), "p_wilcoxon": p})

@@ -9,6 +9,7 @@ import math
 import os
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -16,6 +17,7 @@ import numpy as np
 import torch
 from numba import njit
 from numba.core import event
+from numba.core.caching import FunctionCache
 
 from . import simd
 from .filtering import detector_weight, impulse_response
@@ -25,7 +27,29 @@ from .symmetry import choose, pixel_map
 
 log = logging.getLogger("torch_radon")
 CHUNK = 64  # samples of a ray whose coordinates are computed together
-jit = njit(nogil=True, cache=True, error_model="numpy")
+
+
+class _Cache(FunctionCache):
+    """Numba's cache of kernels: what is damaged in it is compiled again, what cannot be written is not kept."""
+
+    def load_overload(self, *args):
+        try:
+            return super().load_overload(*args)
+        except Exception:  # cut short by a full disk or a kill: unpickling fails in many ways
+            with suppress(OSError):
+                self.flush()
+
+    def save_overload(self, *args):
+        with suppress(OSError):
+            super().save_overload(*args)
+
+
+def jit(function):
+    """Compile a kernel at its first call, or load it from Numba's cache if there is a folder for one."""
+    kernel = njit(nogil=True, error_model="numpy")(function)
+    with suppress(RuntimeError):  # neither the package's folder nor one of the user's can be written
+        kernel._cache = _Cache(function)
+    return kernel
 
 
 @jit
@@ -286,7 +310,8 @@ class _Announce(event.Listener):
     def on_start(self, event):
         if not _Announce.said:
             _Announce.said = True
-            log.warning("torch_radon: compiling the CPU kernels (once, about ten seconds; cached for later runs)")
+            log.warning("torch_radon: compiling the CPU kernels (about ten seconds; later runs load them where Numba's "
+                        "cache can be written)")
 
     def on_end(self, event):
         """Nothing to say at the end of a compilation."""
@@ -301,7 +326,8 @@ def _forget_pool():
     _pool = None
 
 
-os.register_at_fork(after_in_child=_forget_pool)  # a forked data loader has none of its parent's threads
+if hasattr(os, "register_at_fork"):  # Windows forks nothing
+    os.register_at_fork(after_in_child=_forget_pool)  # a forked data loader has none of its parent's threads
 
 
 def _run(kernel, items: int, *arguments):
