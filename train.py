@@ -65,6 +65,8 @@ def main(argv=None):
     if args.dry_run:
         return print(describe_run(preset, args.data, args.device))
     run = Run(args, preset)
+    print(f"{sum(p.numel() for p in run.trainer.network.parameters()) / 1e6:.1f} million parameters, {run.device}, "
+          f"{len(run.spans())} batches to do.")
     signal = failed = 0
     with memory_advice(preset.batch, run.processes, preset.accumulate), distributed.Stop() as stop, run.bar:
         for (first, last), parts, weight in prefetch(run.load, run.spans()):

@@ -1,6 +1,5 @@
 """Batches of training slices: everything random is a function of the seed and the global sample index."""
 
-import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,12 +32,12 @@ def load_slices(data, val_fraction: float, val_slices: int, seed: int, multiple:
         owners.append(set(patients_of(files, source)))
         print(f"{len(files)} slices of {len(owners[-1])} patient(s) {part}.")
         for text in remarks(files, hu) if source is None else ():
-            print(f"Warning: {text}", file=sys.stderr)
+            print(f"Warning: {text}")
         prints.append(fingerprint(files, hu))
         splits.append(([f.name for f in files], hu_to_mu(torch.from_numpy(hu))[:, None]))
     if common := owners[0] & owners[1]:
         print(f"Warning: {len(common)} patient(s) train and validate, such as {min(common)}; validation looks better "
-              "than it is.", file=sys.stderr)
+              "than it is.")
     return *splits, prints
 
 
