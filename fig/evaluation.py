@@ -4,11 +4,12 @@ from fig.figures import comparison, curves
 from models.evaluation import simulate_measurement
 from models.methods import LABELS
 from utils.metrics import score
+from utils.progress import Progress
 
 
 def draw(args, reconstructor, noise, x0, name: str, summary) -> None:
     """A comparison and the error along the chain at each level for one slice; curves of the means over all slices."""
-    for n in args.views:
+    for n in Progress(args.views, desc="Drawing", unit="figure"):
         if (args.out / f"comparison_{n}views.png").is_file():
             continue
         y, images, chains = simulate_measurement(x0, n, [name], reconstructor.degrade, noise), {}, {}

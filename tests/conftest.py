@@ -12,6 +12,8 @@ import pydicom
 import pytest
 from pydicom.uid import ExplicitVRLittleEndian, RLELossless
 
+from utils import progress
+
 ROOT = Path(__file__).parent.parent
 
 
@@ -78,6 +80,13 @@ def make_series(folder, count=4, **tags):
     for index in range(count):
         place = {"ImagePositionPatient": [0, 0, 2.5 * index], "InstanceNumber": index}
         make_dicom(folder / f"{index}.dcm", **place | tags)
+
+
+@pytest.fixture(autouse=True)
+def without_status_lines(monkeypatch):
+    """What a program prints does not depend on how long it takes."""
+    monkeypatch.setattr(progress, "FIRST", 1e9)
+    monkeypatch.setattr(progress.Progress, "due", 1e9)
 
 
 @pytest.fixture

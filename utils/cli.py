@@ -6,8 +6,10 @@ import io
 import math
 import re
 import sys
+import time
 from typing import Literal, get_args, get_origin, get_type_hints
 
+from utils import progress
 from utils.errors import CvGDiffError
 from utils.run_folder import unlock
 
@@ -19,6 +21,7 @@ def script(main):
     """
     @functools.wraps(main)
     def run(argv=None):
+        progress.Progress.due = time.monotonic() + progress.FIRST
         for stream in (sys.stdout, sys.stderr):
             if isinstance(stream, io.TextIOWrapper):
                 stream.reconfigure(errors="backslashreplace", line_buffering=True)

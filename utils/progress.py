@@ -7,14 +7,14 @@ import time
 
 from tqdm import tqdm
 
-EVERY = 30  # seconds
+FIRST, EVERY = 8, 30  # seconds from the start of a program to its first line, and from line to line
 LINE = "{desc}: {n_fmt} of {total_fmt} {unit}, {rate_fmt}, {remaining} left{postfix}"
 
 
 class Progress(tqdm):
     """tqdm's bar, for a terminal. Where standard error is none, a thread prints lines to standard output instead."""
 
-    due = time.monotonic() + 5  # when the next line is due, of whichever bar there is then
+    due = time.monotonic() + FIRST  # when the next line is due, of whichever bar there is then
 
     def __init__(self, *args, disable: bool = False, **options):
         self.closed, self.silent = threading.Event(), not sys.stderr.isatty()
