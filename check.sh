@@ -9,4 +9,5 @@ trap 'rm -rf .check' EXIT
 .check/bin/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
 .check/bin/python -m pip install --quiet --disable-pip-version-check -r tests/requirements.txt
 .check/bin/python -m ruff check .
-.check/bin/python -m pytest -q tests "$@"
+# Two tests at a time, each with one thread.
+OMP_NUM_THREADS=1 .check/bin/python -m pytest -q -n 2 tests "$@"
