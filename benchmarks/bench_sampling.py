@@ -102,8 +102,8 @@ def main(argv=None):
             psnr = score(images, x0, *WINDOWS[0])["psnr"].mean().item()
             first = first or (seconds, psnr)
             found.append({"views": n, "procedure": procedure, "seconds_per_slice": seconds,
-                          "times_faster": first[0] / seconds, "nfe": calls, "psnr": psnr,
-                          "difference": psnr - first[1]})
+                          "speedup": first[0] / seconds, "nfe": calls, "psnr": psnr,
+                          "psnr_difference": psnr - first[1]})
             print(f"| {n} | {procedure} | {seconds:.3f} | {first[0] / seconds:.2f} | {calls:.1f} | {psnr:.3f} | "
                   f"{psnr - first[1]:+.3f} |", flush=True)
     if args.json:

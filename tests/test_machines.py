@@ -270,11 +270,16 @@ def test_ctrl_c_is_one_line(name, command, tmp_path):
     for i in range(2, 400):
         shutil.copy(tmp_path / "data" / "val_img" / "C_000.npy", tmp_path / "data" / "val_img" / f"C_{i:03d}.npy")
     process = subprocess.Popen([sys.executable, *argv], cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
-                               text=True, start_new_session=True)
+                               text=True, start_new_session=True,  # what runs in the background ignores Ctrl-C
+                               preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
     while process.poll() is None and not (tmp_path / "out").exists():
         time.sleep(0.02)
     time.sleep(1)
     os.killpg(process.pid, signal.SIGINT)
-    said = [line for line in process.communicate()[1].splitlines() if not line.startswith("torch_radon: ")]
+    try:
+        said = process.communicate(timeout=60)[1].splitlines()
+    finally:
+        process.kill()
+    said = [line for line in said if not line.startswith("torch_radon: ")]
     if process.returncode:  # else it had just finished
         assert process.returncode in (1, 130) and len(said) == 1 and said[0].startswith("Stopped by "), said
