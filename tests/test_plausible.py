@@ -78,9 +78,13 @@ def test_what_may_be_wrong_stands_last(data, tmp_path, call):
 
 
 def test_dicom_says_that_it_is_hu_and_is_kept_with_a_warning(tmp_path):
-    make_dicom(tmp_path / "in/1.dcm", RescaleIntercept=0)
+    """A label map in a CT file; and pixels without a sign, none of which can be air."""
+    make_dicom(tmp_path / "in/1.dcm", pixels=np.arange(256, dtype=np.int16).reshape(16, 16) % 5, RescaleIntercept=0)
     status, report, rows = run(tmp_path)
     assert status == 0 and len(rows) == 1 and "whole numbers" in reasons(report, "warning")["1.dcm"]
+    make_dicom(tmp_path / "in/1.dcm", RescaleIntercept=0)
+    status, report, rows = run(tmp_path, out="unsigned")
+    assert status == 0 and len(rows) == 1 and "none is air" in reasons(report, "warning")["1.dcm"]
 
 
 @pytest.mark.parametrize("names", [("0000", "0001", "0002"), ("slice1", "slice12"), ("caseA-1", "caseA-2", "caseA-3")])

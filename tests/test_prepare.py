@@ -172,7 +172,7 @@ def test_a_writing_ends_with_a_sentence_and_the_same_command_goes_on(tmp_path):
     full = subprocess.run(command(tmp_path, "--size", "64", "--workers", "2"), stderr=subprocess.PIPE, text=True,
                           cwd=ROOT, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (5000, 5000)))
     assert full.returncode == 1 and full.stderr.startswith("Stopped: writing failed (")
-    assert "does the rest" in full.stderr and len(full.stderr.splitlines()) == 1
+    assert "repeat the command to go on" in full.stderr and len(full.stderr.splitlines()) == 1
     assert written(tmp_path).keys() == {"prepare.json"}
     assert subprocess.run(command(tmp_path, "--size", "64"), cwd=ROOT).returncode == 0
     assert len(written(tmp_path)) == 12 + 3
@@ -182,7 +182,8 @@ def test_a_writing_ends_with_a_sentence_and_the_same_command_goes_on(tmp_path):
 def test_a_run_that_is_stopped_leaves_no_process_and_the_same_command_goes_on(tmp_path, sign):
     make_series(tmp_path / "in", 300)
     whole = command(tmp_path, "--size", "128", "--workers", "2")
-    process = subprocess.Popen(whole, cwd=ROOT, start_new_session=True, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(whole, cwd=ROOT, start_new_session=True, stderr=subprocess.PIPE, text=True,
+                               preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
     while process.poll() is None and len(list((tmp_path / "out").glob("*/*.npy"))) < 10:
         time.sleep(0.01)
     (os.killpg if sign == signal.SIGINT else os.kill)(process.pid, sign)  # Ctrl-C reaches the whole group
