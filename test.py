@@ -12,6 +12,8 @@ import sys
 from pathlib import Path
 
 from datasets.slices import evenly_spaced, find_slices, fingerprint, patients_of, read_slices, remarks
+from fig.flags import add_figure_flags, chosen_slice
+from fig.latex import latex
 from models.baselines import TV_WEIGHT
 from models.levels import FULL_VIEWS
 from models.methods import METHODS
@@ -69,6 +71,7 @@ def parse(argv=None):
                         "full-view pass in D, estimates not clipped (default: the checkpoint's: cvg-official for a "
                         "published file)")
     parser.add_argument("--save-images", action="store_true", help="write reconstructions as HU .npy to OUT/images")
+    add_figure_flags(parser, window)
     parser.add_argument("--strict", action="store_true", help="stop at the first bad slice instead of skipping it")
     parser.add_argument("--trust-hu", action="store_true", help="values are HU even where they do not look so")
     args = parser.parse_args(argv)
@@ -100,7 +103,7 @@ def describe(args, reconstructor, data: str) -> dict:
 
 
 def write_tables(done, patients, run, args) -> list[dict]:
-    """results.csv, summary.json, comparisons.csv and table.md, which is printed too; the summary."""
+    """results.csv, summary.json, comparisons.csv, table.tex and table.md, which is printed too; the summary."""
     from utils.metrics import METRICS
     from utils.results import table, write_rows
     from utils.statistics import compare, summarize
@@ -127,8 +130,9 @@ def write_tables(done, patients, run, args) -> list[dict]:
             notes.append(f"{metric.label} is not a number for up to {len(patients) - min(counts)} slices, which are "
                          "left out of its means.")
     text = table(summary, notes)
-    with atomic(args.out / "table.md") as partial:
-        partial.write_text(text + "\n", encoding="utf-8")
+    for path, content in (("table.md", text + "\n"), ("table.tex", latex(text))):
+        with atomic(args.out / path) as partial:
+            partial.write_text(content, encoding="utf-8")
     print(text)
     return summary
 
@@ -158,6 +162,7 @@ def main(argv=None):
     chosen = [files[i] for i in evenly_spaced(len(files), args.limit)]
     files, hu = read_slices(chosen, reconstructor.multiple, args.strict, args.trust_hu)
     names, patients = [f.name.encode("utf-8", "backslashreplace").decode() for f in files], patients_of(files)
+    shown = chosen_slice(args, names, hu.shape[1])
     run = describe(args, reconstructor, fingerprint(files, hu))
     done = distributed.gather(open_results(args.out, run) if rank == 0 else None)[0]
     print(f"{len(names)} slices of {hu.shape[1]} x {hu.shape[2]}, checkpoint {checkpoint.name} "
@@ -171,9 +176,8 @@ def main(argv=None):
         done = {(name, method, n): done[name, method, n] for n in args.views for method in args.methods
                 for name in names}
         summary = write_tables(done, patients, run, args)
-        middle = len(names) // 2
-        x0 = reconstructor.degrade.full(mu[middle:middle + 1].to(args.device))
-        draw(args, reconstructor, noise, x0, names[middle], summary)
+        x0 = reconstructor.degrade.full(mu[shown:shown + 1].to(args.device))
+        draw(args, reconstructor, noise, run, x0, names[shown], summary)
         print(f"Written: tables and figures in {args.out}.")
         for text in [] if args.trust_hu else remarks(files, hu):
             print(f"Warning: {text}", file=sys.stderr)
