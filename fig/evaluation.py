@@ -1,14 +1,12 @@
 """The figures of an evaluation, into the folder of test.py: one slice reconstructed, curves of means over all."""
 
 import json
-import os
-import sys
 from pathlib import Path
 
 import numpy as np
 
-from datasets.archive import parallel, time_limit
-from fig.figures import comparison, draw_curves, draw_points, is_drawn, one_axis, psnr_in, said, write
+from fig.figures import comparison, draw_curves, draw_points, is_drawn, one_axis, psnr_in, said
+from fig.workers import Figure, draw_together
 from models.evaluation import simulate_measurement
 from models.methods import LABELS
 from utils.files import hash16
@@ -18,56 +16,42 @@ from utils.units import mu_to_hu
 
 
 def draw(args, reconstructor, noise, run: dict, x0, name: str, summary: list[dict]) -> None:
-    """Draw what is not drawn yet, in as many processes as there are cores. One that dies costs its figures alone.
+    """Draw what is not drawn yet.
 
     args: of test.py. run: what results depend on. x0: the slice `name` of the figures, (1, 1, H, H) in mu.
     """
-    tasks = []  # each some figures, (path, key, function, arguments, options)
+    groups = [of_means(args, summary)]
     for n in Progress(args.views, desc=f"Figures of {name}", unit="view count"):
         key = hash16(json.dumps([run, args.methods, n, name, args.roi, args.display_window]).encode())
         path = args.out / f"comparison_{n}views.png"
         if not is_drawn(path, key):
-            tasks.append([(to, key, *rest) for to, *rest in of_slice(args, reconstructor, noise, x0, name, n, path)])
-    tasks.append([(to, hash16(repr(rest).encode()), *rest) for to, *rest in of_means(args, summary)])
-    for task, done in zip(tasks, parallel(draw_all, tasks, os.cpu_count() or 1, "Drawing", chunk=1), strict=True):
-        if not done:
-            print(f"Warning: a process died while it drew {', '.join(figure[0].name for figure in task)}. The same "
-                  "command draws them. All tables are written.", file=sys.stderr)
+            groups.append(of_slice(args, reconstructor, noise, x0, name, n, path, key))
+    draw_together(groups)
 
 
-@time_limit()
-def draw_all(task: list[tuple]) -> bool:
-    """In a process of its own: draw figures one after the other, the last one last."""
-    for path, key, function, what, options in task:
-        if not is_drawn(path, key):
-            write(function(*what, **options), path, key)
-    return True
-
-
-def of_means(args, summary: list[dict]) -> list[tuple]:
-    """Figures of means over all slices: (path, function, arguments, options)."""
+def of_means(args, summary: list[dict]) -> list[Figure]:
+    """Figures of means over all slices."""
     rows = [row for row in summary if row["window"] == list(args.windows[0])]
-    label, title = psnr_in(args.windows[0]), f"mean over {rows[0]['slices']} slices"
+    label, title, key = psnr_in(args.windows[0]), f"mean over {rows[0]['slices']} slices", hash16(repr(rows).encode())
     points = [(f"{r['views']} views", LABELS[r["method"]], r["nfe"], r["psnr"]) for r in rows]
-    figures = [(args.out / "psnr_calls.png", one_axis,
-                (draw_points, title, points, "network calls a slice", label), {})]
+    figures = [Figure(args.out / "psnr_calls.png", key, one_axis,
+                      (draw_points, title, points, "network calls a slice", label))]
     if len(args.views) > 1:
         series = {LABELS[m]: sorted((r["views"], r["psnr"]) for r in rows if r["method"] == m) for m in args.methods}
-        figures.append((args.out / "psnr_views.png", one_axis, (draw_curves, title, series, "views", label),
-                        {"xscale": "log"}))
+        figures.append(Figure(args.out / "psnr_views.png", key, one_axis,
+                              (draw_curves, title, series, "views", label), {"xscale": "log"}))
     return figures
 
 
-def of_slice(args, reconstructor, noise, x0, name: str, n: int, path: Path) -> list[tuple]:
-    """Figures of one slice at n views: (path, function, arguments, options), the comparison for `path` last."""
+def of_slice(args, reconstructor, noise, x0, name: str, n: int, path: Path, key: str) -> list[Figure]:
+    """Figures of one slice at n views, the comparison for `path` last."""
     images, chains = reconstruct(args, reconstructor, noise, x0, name, n)
     name, label = name.removesuffix(".npy"), psnr_in(args.windows[0])
     about = [name, f"{n} views", f"Display: {said(args.display_window)}", f"PSNR: {said(args.windows[0])}"]
-    figures = [(path, comparison, (hounsfield(x0), images, about, args.display_window, args.roi), {})]
-    if chains:
-        figures.insert(0, (path.with_name(f"chain_{n}views.png"), one_axis,
-                           (draw_curves, f"{name}, {n} views", chains, "network call", label), {}))
-    return figures
+    chain = Figure(path.with_name(f"chain_{n}views.png"), key, one_axis,
+                   (draw_curves, f"{name}, {n} views", chains, "network call", label))
+    return [*[chain] * bool(chains),
+            Figure(path, key, comparison, (hounsfield(x0), images, about, args.display_window, args.roi))]
 
 
 def reconstruct(args, reconstructor, noise, x0, name: str, n: int) -> tuple[dict, dict]:

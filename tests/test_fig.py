@@ -3,15 +3,18 @@
 import itertools
 import json
 import os
+import subprocess
+import sys
 
 import numpy as np
 import pytest
-from conftest import body
+from conftest import ROOT, body
 from PIL import Image
 
 import test as evaluation
 from fig import figures, framework, plot_run, quantitative
 from fig.latex import escape, latex
+from fig.workers import Figure
 
 NAMES = ["FBP", "FBP (FDK weights)", "SIRT", "TV", "One step", "Cold diffusion", "Sequential", "ReCo", "SPDPS"]
 LABEL = "PSNR (W 3000 L 500 HU), dB"
@@ -144,11 +147,17 @@ def test_a_figure_that_cannot_be_is_refused_before_the_evaluation(go, tmp_path):
 
 def test_a_process_that_dies_costs_its_figures_alone(go, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
-        patch.setattr("fig.evaluation.of_means", lambda args, _: [(args.out / "psnr_calls.png", os._exit, (9,), {})])
+        patch.setattr("fig.evaluation.of_means",
+                      lambda args, _: [Figure(args.out / "psnr_calls.png", "", os._exit, (9,))])
         text = go()
     assert "a process died while it drew psnr_calls.png. The same command draws them" in text
     assert (tmp_path / "out" / "comparison_36views.pdf").is_file() and (tmp_path / "out" / "table.tex").is_file()
     assert "died" not in go() and (tmp_path / "out" / "psnr_calls.png").is_file()
+
+
+def test_a_process_that_draws_does_not_wait_for_pytorch():
+    program = "import sys, fig.workers; sys.exit(bool({'torch', 'scipy', 'numba'} & set(sys.modules)))"
+    assert subprocess.run([sys.executable, "-c", program], cwd=ROOT).returncode == 0
 
 
 def test_latex_says_what_markdown_says():
