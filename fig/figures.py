@@ -18,7 +18,7 @@ DISPLAY = (1500, -100)             # (width, centre) in HU of a picture where no
 ERROR = 200                        # HU: what the strongest red and blue of an error map mean
 SMALL, NORMAL = 6, 7               # points, of letters
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-MARKERS, LINES = "osD^vPX*<>hp", ("-", "--", ":")
+MARKERS, LINES = "osD^v<*>hpPX", ("-", "--", ":")
 plt.switch_backend("Agg")
 plt.rcParams.update({
     "font.size": NORMAL, "axes.titlesize": NORMAL, "figure.titlesize": NORMAL, "xtick.labelsize": SMALL,
@@ -72,7 +72,7 @@ def comparison(truth: np.ndarray, images: dict[str, np.ndarray], about: list[str
             if style or column:
                 shown = axis.imshow(picture, **style or {"cmap": "RdBu_r", "vmin": -ERROR, "vmax": ERROR})
             else:
-                lines = [part for line in about for part in wrap(line, int(20 * side))]
+                lines = [part for line in about for part in wrap(line, int(21 * side))]
                 axis.text(0.03, 0.97, "\n".join(lines), va="top", fontsize=SMALL, linespacing=1.4)
             if row == 0:
                 axis.set_title(heading, pad=2)
