@@ -177,7 +177,7 @@ def main(argv=None):
                 for name in names}
         summary = write_tables(done, patients, run, args)
         x0 = reconstructor.degrade.full(mu[shown:shown + 1].to(args.device))
-        draw(args, reconstructor, noise, run, x0, names[shown], summary)
+        draw(args, reconstructor, noise, x0, names[shown], summary)
         print(f"Written: tables and figures in {args.out}.")
         for text in [] if args.trust_hu else remarks(files, hu):
             print(f"Warning: {text}", file=sys.stderr)

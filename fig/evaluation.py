@@ -15,14 +15,14 @@ from utils.progress import Progress
 from utils.units import mu_to_hu
 
 
-def draw(args, reconstructor, noise, run: dict, x0, name: str, summary: list[dict]) -> None:
+def draw(args, reconstructor, noise, x0, name: str, summary: list[dict]) -> None:
     """Draw what is not drawn yet.
 
-    args: of test.py. run: what results depend on. x0: the slice `name` of the figures, (1, 1, H, H) in mu.
+    args: of test.py. x0: the slice `name` of the figures, (1, 1, H, H) in mu. summary: rows of all that OUT holds.
     """
-    groups = [of_means(args, summary)]
+    groups, asked = [of_means(args, summary)], [args.methods, name, args.roi, args.display_window]
+    key = hash16(json.dumps(asked).encode())  # the rest is the same for all that OUT holds
     for n in Progress(args.views, desc=f"Figures of {name}", unit="view count"):
-        key = hash16(json.dumps([run, args.methods, n, name, args.roi, args.display_window]).encode())
         path = args.out / f"comparison_{n}views.png"
         if not is_drawn(path, key):
             groups.append(of_slice(args, reconstructor, noise, x0, name, n, path, key))
@@ -36,8 +36,9 @@ def of_means(args, summary: list[dict]) -> list[Figure]:
     points = [(f"{r['views']} views", LABELS[r["method"]], r["nfe"], r["psnr"]) for r in rows]
     figures = [Figure(args.out / "psnr_calls.png", key, one_axis,
                       (draw_points, title, points, "network calls a slice", label))]
-    if len(args.views) > 1:
-        series = {LABELS[m]: sorted((r["views"], r["psnr"]) for r in rows if r["method"] == m) for m in args.methods}
+    if len({row["views"] for row in rows}) > 1:
+        series = {LABELS[m]: sorted((r["views"], r["psnr"]) for r in rows if r["method"] == m)
+                  for m in dict.fromkeys(row["method"] for row in rows)}
         figures.append(Figure(args.out / "psnr_views.png", key, one_axis,
                               (draw_curves, title, series, "views", label), {"xscale": "log"}))
     return figures
