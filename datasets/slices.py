@@ -14,7 +14,8 @@ from pathlib import Path
 import numpy as np
 
 from datasets.plausible import ALL_THE_SAME, doubt, not_data
-from utils.errors import InputError
+from utils.errors import InputError, printable
+from utils.files import from_cells
 from utils.progress import Progress
 from utils.units import HU_RANGE
 
@@ -54,7 +55,7 @@ def _rows(path, *version):
         print(f"{path} is ignored: it has the columns {', '.join(map(ascii, names[:9])) or 'of no table'}; expected "
               "file and patient among them.", file=sys.stderr)
         return []
-    rows = [dict(zip(names, map(str.strip, row), strict=False)) for row in rows]
+    rows = [dict(zip(names, map(str.strip, from_cells(row)), strict=False)) for row in rows]
     return [row for row in rows if row.get("file") and row.get("patient")]
 
 
@@ -168,7 +169,7 @@ def remarks(files: list[Path], hu: np.ndarray) -> list[str]:
     """What a person should know of slices (N, H, H) that were read: values that may be no HU, patients by guess."""
     odd = [f"{f.name} {found[1]}" for f, one in zip(files, hu, strict=True) if (found := doubt(one))]
     texts = [f"{len(odd)} of {len(files)} slices may not be what they should: {odd[0]}."] if odd else []
-    return texts + [text for text in [unsure(files)] if text]
+    return [printable(text) for text in [*texts, unsure(files)] if text]
 
 
 def evenly_spaced(count: int, wanted: int | None) -> list[int]:

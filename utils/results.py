@@ -9,7 +9,7 @@ import zlib
 from itertools import groupby
 from pathlib import Path
 
-from utils.files import write_table, writing
+from utils.files import as_cells, from_cells, write_table, writing
 from utils.metrics import METRICS
 from utils.run_folder import claim
 
@@ -47,7 +47,7 @@ def whole_rows(path: Path) -> list[dict]:
     *lines, _ = path.read_bytes().decode("utf-8", errors="replace").split("\n")  # the last: nothing, or half a line
     for line in lines:
         try:
-            row = dict(zip(COLUMNS, next(csv.reader([line]), ()), strict=True))
+            row = dict(zip(COLUMNS, from_cells(next(csv.reader([line]), [])), strict=True))
             if row["check"] != check_of(row) or min(float(row[name]) for name in MACHINE) < 0:
                 raise ValueError
             found.append(row)
@@ -62,7 +62,7 @@ def whole_rows(path: Path) -> list[dict]:
 def append(out: Path, rank: int, rows: list[dict]) -> None:
     """Add rows to the part file of a process."""
     with writing(out), open(out / f"part-{rank}.csv", "a", newline="", encoding="utf-8") as file:
-        csv.DictWriter(file, COLUMNS).writerows({**row, "check": check_of(row)} for row in rows)
+        csv.writer(file).writerows(as_cells({**row, "check": check_of(row)}.get(name, "") for name in COLUMNS) for row in rows)
 
 
 def write_rows(path: Path, rows: list[dict]) -> None:
