@@ -56,12 +56,11 @@ TENSOR = b"ctorch._utils\n_rebuild_tensor_v2\n((X\x07\0\0\0storagectorch\nDouble
 CRAFTED = {
     "bytearray": b"\x80\x02c__builtin__\nbytearray\n" + number(3 * 10**9) + b"\x85R.",
     "tensor": b"\x80\x02ctorch\nTensor\n" + number(10**10) + b"\x85R.",
-    "size": b"\x80\x02}X\x09\0\0\0net_paramccollections\nOrderedDict\n" + number(2**62) + b"\x85Rs.",
-    "expanded": b"\x80\x02}X\x09\0\0\0net_param}X\x01\0\0\0a" + TENSOR % (b"K\x01", 3 * b"J@B\x0f\0" + b"\x87", b"K\0K\0K\0\x87")
-                + b"ss.",
-    "tuples": b"\x80\x02}q\0)q\1" + b"".join(b"h%c\x85q%ch%c\x86q%c" % (i, i + 100, i, i + 1) for i in range(1, 60))
-              + b"K\1s.",
-    "long": b"\x80\x02" + b"]0" * 2**20 + b"}.",
+    "many": b"\x80\x02ctorch\nSize\n]" + b"K\1a" * 2**20 + b"\x85R.",
+    "expanded": b"\x80\x02}X\x09\0\0\0net_param}X\x01\0\0\0a"
+                + TENSOR % (b"K\x01", 3 * b"J@B\x0f\0" + b"\x87", b"K\0K\0K\0\x87") + b"ss.",
+    "tuples": b"\x80\x02)q\1" + b"".join(b"h%ch%c\x86q%c" % (i, i, i + 1) for i in range(1, 60)) + b"}h\x3cK\1s.",
+    "long": b"\x80\x02" + b"]" * 2**21 + b"}.",
     "names": b"\x80\x02c_codecs\nencode\nX\x01\0\0\0aX\x06\0\0\0latin1\x86R."}
 
 

@@ -62,7 +62,8 @@ def whole_rows(path: Path) -> list[dict]:
 def append(out: Path, rank: int, rows: list[dict]) -> None:
     """Add rows to the part file of a process."""
     with writing(out), open(out / f"part-{rank}.csv", "a", newline="", encoding="utf-8") as file:
-        csv.writer(file).writerows(as_cells({**row, "check": check_of(row)}.get(name, "") for name in COLUMNS) for row in rows)
+        rows = ({**row, "check": check_of(row)} for row in rows)
+        csv.writer(file).writerows(as_cells(row.get(name, "") for name in COLUMNS) for row in rows)
 
 
 def write_rows(path: Path, rows: list[dict]) -> None:
