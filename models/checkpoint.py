@@ -167,8 +167,11 @@ def _check_header(path: Path, header: dict) -> None:
             raise InputError(f"{path} was trained with another {name}: {header[name]}; this version simulates {here}. "
                              "Evaluate it with the code that trained it.")
     training = header.get("training", {})
-    if not (isinstance(training, dict) and isinstance(training.get("preset", {}), dict)):
-        raise InputError(f"{path} says that it was trained as {training!r:.99}; expected a description by train.py.")
+    if not (isinstance(training, dict) and isinstance(training.get("preset", {}), dict)
+            and isinstance(header.get("size", 256), int) and header.get("protocol", "cvg") in ("cvg", "cvg-official")
+            and str(header.get("preset", "unnamed")).isprintable()):
+        raise InputError(f"{path} does not say how it was trained; expected the header that train.py writes "
+                         "(docs/formats.md).")
     levels = header.get("levels", LEVELS)
     if not (isinstance(levels, list | tuple) and levels and all(isinstance(n, int) and n > 0 for n in levels)
             and sorted(set(levels), reverse=True) == list(levels)):

@@ -13,7 +13,8 @@ from models.baselines import sirt
 from models.degradation import Degradation
 from models.estimate import Estimate
 from models.reconstructor import Reconstructor
-from models.samplers import redegrade, sequential
+from models.samplers import SAMPLERS, redegrade, sequential
+from models.scanner import PUBLISHED
 from utils.device import memory, synchronize
 from utils.files import atomic
 from utils.metrics import score
@@ -112,6 +113,29 @@ def evaluate(args, reconstructor: Reconstructor, noise: Noise, mu: torch.Tensor,
                      "seconds_per_slice": f"{seconds:.5f}", "peak_gib": f"{gib:.3f}"} for j, name in enumerate(batch)])
                 append(args.out, rank, rows)
                 bar.set_postfix(dB=f"{float(rows[0]['psnr']):.1f}", refresh=False)
+
+
+def cautions(reconstructor: Reconstructor, methods: list[str], size: int, photons: float | None,
+             again: dict | str) -> list[str]:
+    """What a person should know of these weights on slices of `size` pixels, measured by so many photons a ray.
+
+    again: of datasets.leakage.met_again. Nothing where no method uses the weights.
+    """
+    if not SAMPLERS.keys() & set(methods):
+        return []
+    header = reconstructor.header
+    trained, preset = header.get("size", PUBLISHED["size"]), header.get("training", {}).get("preset", {})
+    texts, least = [], preset.get("fewest_photons")
+    if size != trained:
+        texts.append(f"the weights were trained on slices of {trained} pixels a side, and these have {size}.")
+    if photons and not preset.get("noise_share"):
+        texts.append(f"the weights were trained without noise, and {photons:g} photons a ray are simulated.")
+    elif photons and isinstance(least, int | float) and photons < least:
+        texts.append(f"the weights saw noise of {least:g} photons a ray or more, and {photons:g} are simulated.")
+    if isinstance(again, dict) and any(again.values()):
+        texts.append(f"{again['slices']} of these slices and {again['patients']} of their patients, by name, took part "
+                     "in the training of the weights: the numbers look better than they are.")
+    return texts
 
 
 def save_images(paths: list[Path], x0_hat: torch.Tensor) -> None:
