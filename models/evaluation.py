@@ -23,6 +23,9 @@ from utils.results import append
 from utils.units import mu_to_hu, pixel_cm
 
 
+LOSS_AT_512 = 5.0  # of spdps at 18 views: docs/results/size.json
+
+
 @dataclass(frozen=True)
 class Noise:
     """Of a simulated measurement."""
@@ -127,7 +130,8 @@ def cautions(reconstructor: Reconstructor, methods: list[str], size: int, photon
     trained, preset = header.get("size", PUBLISHED["size"]), header.get("training", {}).get("preset", {})
     texts, least = [], preset.get("fewest_photons")
     if size != trained:
-        texts.append(f"the weights were trained on slices of {trained} pixels a side, and these have {size}.")
+        texts.append(f"the weights were trained on slices of {trained} pixels a side, and these have {size}. At "
+                     f"512 pixels tiny, trained on 256, lost {LOSS_AT_512} dB (docs/results.md, Other sizes).")
     if photons and not preset.get("noise_share"):
         texts.append(f"the weights were trained without noise, and {photons:g} photons a ray are simulated.")
     elif photons and isinstance(least, int | float) and photons < least:

@@ -9,7 +9,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from conftest import body, run
+from conftest import ROOT, body, run
 from safetensors.torch import load_file, save_file
 
 import test as evaluation
@@ -312,7 +312,10 @@ def test_what_weights_were_not_trained_for_is_said_last(data, checkpoint, tmp_pa
                     "--limit", 1, "--device", "cpu", "--out", out, *more)
         return [line for line in text.splitlines() if line.startswith("Warning: the weights")]
 
-    assert "trained on slices of 256 pixels a side, and these have 32" in go()[0]
+    found = json.loads((ROOT / "docs" / "results" / "size.json").read_text())["rows"]
+    psnr = {row["measurement"]: row["psnr"] for row in found if row["method"] == "spdps"}
+    assert f"{psnr['256 pixels'] - psnr['512 pixels']:.1f}" == str(evaluate.LOSS_AT_512)
+    assert "trained on slices of 256 pixels a side, and these have 32. At 512 pixels tiny" in go()[0]
     assert go(size=32) == [] == go(method="fbp")
     assert "trained without noise, and 1000 photons a ray" in go("--photons", 1e3, size=32)[0]
     noisy = {"noise_share": 0.5, "fewest_photons": 1e4}
