@@ -22,7 +22,6 @@ from utils.progress import Progress
 from utils.results import append
 from utils.units import mu_to_hu, pixel_cm
 
-
 LOSS_AT_512 = 5.0  # of spdps at 18 views: docs/results/size.json
 
 
