@@ -85,7 +85,7 @@ def test_tables_have_numbers_by_patient():
     done = {(f"f{i}", "a", 18): rows(30 + i) for i in range(12)}
 
     def lines(patients):
-        summary = summarize(dict(list(done.items())[: len(patients)]), patients, ["a"], [18])
+        summary = summarize(dict(list(done.items())[: len(patients)]), list(patients), ["a"], [18])
         return [line for line in written(summary, []).splitlines() if line.startswith("| ")]
 
     one = lines("PPP")
