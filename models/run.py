@@ -22,6 +22,8 @@ from utils.nonfinite import NonFinite
 from utils.progress import Progress
 from utils.scalars import Scalars, Step
 
+SHORT = 50  # batches: a run of so few is over before it is known how long it takes
+
 
 class Run:
     """A training from its first image or from where OUT's state left off, in this process of one or more."""
@@ -106,7 +108,7 @@ class Run:
         if self.preset.precision == "bf16" and not bf16_pays(self.device):
             print("This processor has no bf16 arithmetic: training in fp32.")
         batches, time, size = len(self.spans()), "", sum(p.numel() for p in self.trainer.network.parameters())
-        if batches > 50:
+        if batches > SHORT:
             hours = seconds_an_image(self.preset, self.size, self.device, self.processes) / 3600 * (
                 budget(self.preset, self.count)[2] / forward_calls(self.preset, 1 + self.preset.hops)
                 * (1 - self.seen / self.images))

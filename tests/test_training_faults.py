@@ -148,10 +148,11 @@ def test_validation_is_what_test_gives_for_the_same_slices(go, data, tmp_path, c
             assert validation[f"val{row['views']}/{row['method']}/psnr"] == pytest.approx(row["psnr"], abs=1e-3)
 
 
-def test_a_run_says_what_it_will_do_and_how_long_it_takes(go):
-    text = go("--images", "51", "--batch", "1", "--hops", "0", "--dc", "0")
+def test_a_run_says_what_it_will_do_and_how_long_it_takes(go, monkeypatch):
+    monkeypatch.setattr(training_run, "SHORT", 1)
+    text = go("--images", "4", "--hops", "0", "--dc", "0")
     assert "8 slices of 2 patient(s) train." in text and "1 slices of 1 patient(s) validate." in text
-    assert re.search(r"million parameters, cpu, 1 process\(es\), 8 slices of 32 x 32: 51 batches and 51 "
+    assert re.search(r"million parameters, cpu, 1 process\(es\), 8 slices of 32 x 32: 2 batches and 2 "
                      r"optimizer steps to do, about \d+ min\.", text)
 
 
