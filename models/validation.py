@@ -3,6 +3,7 @@
 import numpy as np
 import torch
 
+from models.graphs import directly
 from models.presets import Preset
 from models.reconstructor import Reconstructor
 from utils.distributed import gather
@@ -21,7 +22,7 @@ def validate(network, truths: torch.Tensor, preset: Preset, device: str):
     """
     was_training = network.training
     network.eval()
-    plain, consistent = (Reconstructor(network, dc=dc) for dc in (0, preset.dc))
+    plain, consistent = (Reconstructor(network, dc=dc, graphs=directly) for dc in (0, preset.dc))
     scores, rows = {}, []
     for n in VIEWS:
         for i in range(0, len(truths), 4):
