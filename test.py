@@ -117,9 +117,9 @@ def write_tables(done, patients, run, args) -> list[dict]:
     if "tv" in args.methods:
         chosen = ", chosen on validation slices" if args.tv_weight == TV_WEIGHT else ""
         notes.append(f"tv: weight {args.tv_weight:g}{chosen}.")
-    kind = "main memory a process" if args.device == "cpu" else "GPU memory for tensors"
+    kind = "main memory" if args.device == "cpu" else "GPU memory"
     if peaks := [row["peak_gib"] for row in summary if row["peak_gib"] is not None]:
-        notes.append(f"At most {max(peaks):.2f} GiB of {kind}.")
+        notes.append(f"At most {max(peaks):.2f} GiB of {kind} a process.")
     if any((row.get("vif") or 0) > 1 for row in summary):
         notes.append("VIF above 1 means more contrast than the truth, not a better image: are the slices in HU?")
     for name, metric in METRICS.items():
