@@ -18,7 +18,8 @@ def denoiser(network, clip: bool = True, precision: str = "fp32", levels: tuple[
     chain magnifies that to 3e-4.
     """
     lowest, highest = (hu_to_mu(hu) for hu in HU_RANGE)
-    device = next(network.parameters()).device
+    weight = next(network.parameters())
+    device = weight.device
     together = 1 if device.type == "cpu" else sys.maxsize
 
     def estimate(x_t, t):
@@ -30,7 +31,7 @@ def denoiser(network, clip: bool = True, precision: str = "fp32", levels: tuple[
     @torch.no_grad()
     def denoise(x_t, n_t):
         t = on_device([condition(n, network.config.conditioning, levels) for n in n_t], device)
-        return graphs((network, clip, precision), estimate, x_t, t)
+        return graphs((network, weight.data_ptr(), clip, precision), estimate, x_t, t)
 
     return denoise
 
