@@ -127,9 +127,9 @@ def write_tables(done, names, patients, run, again, args) -> list[dict]:
     if "tv" in methods:
         chosen = ", chosen on validation slices" if run["tv"]["weight"] == TV_WEIGHT else ""
         notes.append(f"tv: weight {run['tv']['weight']:g}{chosen}.")
-    kind = "main memory a process" if args.device == "cpu" else "GPU memory for tensors"
+    kind = "main memory" if args.device == "cpu" else "GPU memory"
     if peaks := [row["peak_gib"] for row in summary if row["peak_gib"] is not None]:
-        notes.append(f"At most {max(peaks):.2f} GiB of {kind}.")
+        notes.append(f"At most {max(peaks):.2f} GiB of {kind} a process.")
     if above := sum(float(rows[0]["vif"]) > 1 + 1e-6 for rows in done.values()):
         notes.append(f"VIF is above 1 in {above} of {len(done)} images: more contrast than the truth, not a better "
                      "image. Are the slices in HU?")

@@ -4,6 +4,7 @@ import torch
 from torch_radon.solvers import cgne
 
 from models.degradation import Degradation
+from models.graphs import directly
 from utils.units import pixel_cm
 
 # When sampling. On validation slices 8 lose 0.1 / 0.3 / 0.6 dB at 18 / 36 / 72 views and 32 gain 0.0 / 0.1 / 0.2.
@@ -32,15 +33,21 @@ def data_consistency(degrade: Degradation, y, iterations: int, photons: float | 
         return x
 
     def solve(x0_hat, measured):
-        views, noise = [p.shape[-2] for p in measured], {}
+        views = [p.shape[-2] for p in measured]
         ragged, size = len(set(views)) > 1, x0_hat.shape[-1]
         operator = degrade.operator(size, views if ragged else views[0])
         measured = operator.pad(measured) if ragged else torch.stack(measured)
-        if photons:
-            sigma = deviation(measured, photons, pixel_cm(size), electronic)
-            there = operator.exists(x0_hat.device)[:, None] if ragged else 1.0
-            noise = {"target": (there * sigma).sum((-2, -1), keepdim=True), "target_weights": there / sigma}
-        return cgne(operator, x0_hat, measured, max_iter=iterations, **noise)
+
+        def fit(x0_hat, measured):
+            noise = {}
+            if photons:
+                sigma = deviation(measured, photons, pixel_cm(size), electronic)
+                there = operator.exists(x0_hat.device)[:, None] if ragged else 1.0
+                noise = {"target": (there * sigma).sum((-2, -1), keepdim=True), "target_weights": there / sigma}
+            return cgne(operator, x0_hat, measured, max_iter=iterations, **noise)
+
+        key = "dc", degrade, iterations, photons, electronic
+        return (directly if ragged else degrade.graphs)(key, fit, x0_hat, measured)
 
     return dc if iterations else None
 

@@ -12,6 +12,7 @@ from torch_radon import transmission_noise
 from models.baselines import sirt
 from models.degradation import Degradation
 from models.estimate import Estimate
+from models.graphs import PLAIN_CALLS
 from models.reconstructor import Reconstructor
 from models.samplers import SAMPLERS, redegrade, sequential
 from models.scanner import PUBLISHED
@@ -53,25 +54,23 @@ def simulate_measurement(x0: torch.Tensor, n_views: int, names: list[str], degra
 
 @torch.no_grad()
 def warm_up(reconstructor: Reconstructor, y: torch.Tensor, size: int) -> None:
-    """Compile kernels, build tables and let libraries choose algorithms before anything is timed."""
+    """Compile kernels, build tables, make graphs and let libraries choose algorithms before anything is timed."""
     degrade, n = reconstructor.degrade, y.shape[-2]
     estimate = Estimate(lambda x, n_t: x[:, :1], degrade, degrade.fbp(y, size), n)
-    sequential(estimate, degrade, estimate.x_T, reconstructor.chain(n), redegrade)
-    reconstructor.run("one-step", y, size)
+    for _ in range(1 + PLAIN_CALLS if y.is_cuda else 1):
+        sequential(estimate, degrade, estimate.x_T, reconstructor.chain(n), redegrade)
+        reconstructor.run("one-step", y, size)
     sirt(degrade, y, size, iterations=1)
 
 
 def timed(reconstructor: Reconstructor, method: str, y: torch.Tensor, size: int, **options):
-    """(x0_hat, calls, seconds a slice, GiB at most) of `Reconstructor.run`: on a GPU those that tensors took in it."""
-    device, gpu = str(y.device), y.device.type == "cuda"
-    if gpu:
-        torch.cuda.reset_peak_memory_stats(device)
+    """(x0_hat, calls, seconds a slice, GiB of this process at most) of `Reconstructor.run`."""
+    device = str(y.device)
     synchronize(device)
     start = time.perf_counter()
     x0_hat, calls = reconstructor.run(method, y, size, **options)
     synchronize(device)
-    gib = torch.cuda.max_memory_allocated(device) / 2**30 if gpu else memory(device)
-    return x0_hat, calls, (time.perf_counter() - start) / len(y), gib
+    return x0_hat, calls, (time.perf_counter() - start) / len(y), memory(device)
 
 
 def score_rows(x0_hat: torch.Tensor, x0: torch.Tensor, windows, common: list[dict]) -> list[dict]:

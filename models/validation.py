@@ -4,6 +4,7 @@ import numpy as np
 import torch
 
 from models.consistency import ITERATIONS
+from models.graphs import directly
 from models.presets import Preset
 from models.reconstructor import Reconstructor
 from utils.distributed import gather
@@ -22,7 +23,7 @@ def validate(network, truths: torch.Tensor, preset: Preset, device: str):
     """
     was_training = network.training
     network.eval()
-    reconstructor = Reconstructor(network, device=device, dc=ITERATIONS if preset.dc else 0)
+    reconstructor = Reconstructor(network, device=device, dc=ITERATIONS if preset.dc else 0, graphs=directly)
     scores, rows = {}, []
     for n in VIEWS:
         for i in range(0, len(truths), 4):
