@@ -14,6 +14,8 @@ from pathlib import Path
 
 from datasets.leakage import met_again, traces
 from datasets.slices import evenly_spaced, find_slices, fingerprint, patients_of, read_slices, remarks
+from fig.flags import add_figure_flags, chosen_slice
+from fig.latex import latex
 from models.baselines import TV_WEIGHT
 from models.levels import FULL_VIEWS
 from models.methods import METHODS
@@ -72,6 +74,7 @@ def parse(argv=None):
                         "full-view pass in D, estimates not clipped (default: the checkpoint's: cvg-official for a "
                         "published file)")
     parser.add_argument("--save-images", action="store_true", help="write reconstructions as HU .npy to OUT/images")
+    add_figure_flags(parser, window)
     parser.add_argument("--strict", action="store_true", help="stop at the first bad slice instead of skipping it")
     parser.add_argument("--trust-hu", action="store_true", help="values are HU even where they do not look so")
     args = parser.parse_args(argv)
@@ -103,7 +106,7 @@ def describe(args, reconstructor, data: str) -> dict:
 
 
 def write_tables(done, names, patients, run, again, args) -> list[dict]:
-    """results.csv, summary.json, comparisons.csv and table.md, which is printed too; the summary.
+    """results.csv, summary.json, comparisons.csv, table.tex and table.md, which is printed too; the summary.
 
     again: of datasets.leakage.met_again.
     """
@@ -138,8 +141,9 @@ def write_tables(done, names, patients, run, again, args) -> list[dict]:
             notes.append(f"{metric.label} is not a number for up to {len(patients) - min(counts)} slices, which are "
                          "left out of its means.")
     text = table(summary, notes)
-    with atomic(args.out / "table.md") as partial:
-        partial.write_text(text + "\n", encoding="utf-8")
+    for path, content in (("table.md", text + "\n"), ("table.tex", latex(text))):
+        with atomic(args.out / path) as partial:
+            partial.write_text(content, encoding="utf-8")
     print(text)
     return summary
 
@@ -171,6 +175,7 @@ def main(argv=None):
     names, patients = ([printable(text.encode("utf-8", "backslashreplace").decode()).replace("\n", "\\n")
                         for text in texts] for texts in ([f.name for f in files], patients_of(files)))
     again = met_again(reconstructor.header.get("traces"), traces(files, hu))
+    shown = chosen_slice(args, names, hu.shape[1])
     run = describe(args, reconstructor, fingerprint(files, hu))
     run, done = distributed.gather(open_results(args.out, run) if rank == 0 else None)[0]
     print(f"{len(names)} slices of {hu.shape[1]} x {hu.shape[2]}, checkpoint {checkpoint.name} "
@@ -182,9 +187,8 @@ def main(argv=None):
     if rank == 0:
         run, done = open_results(args.out, run)
         summary = write_tables(done, names, patients, run, again, args)
-        middle = len(names) // 2
-        x0 = reconstructor.degrade.full(mu[middle:middle + 1].to(args.device))
-        draw(args, reconstructor, noise, x0, names[middle], summary)
+        x0 = reconstructor.degrade.full(mu[shown:shown + 1].to(args.device))
+        draw(args, reconstructor, noise, x0, names[shown], summary)
         print(f"Written: tables and figures in {args.out}.")
         told = cautions(reconstructor, run["methods"], hu.shape[1], args.photons, again)
         for text in (told if args.trust_hu else remarks(files, hu) + told):
