@@ -163,7 +163,7 @@ def write_all(outputs: list[Output], out: Path, shown: dict[str, str], options: 
             (one.name, one.patient, index, pseudonym(s.series, "series", options["keep_names"]),
              "" if s.position is None else round(s.position, 4),
              "" if s.spacing is None else round(s.spacing * s.size / options["size"], 6),
-             s.kernel, hide(shown[s.path]), sha256) for index, s in enumerate(kept)]
+             hide(s.kernel), hide(shown[s.path]), sha256) for index, s in enumerate(kept)]
     for folder, lines in sorted(rows.items()):
         write_table(out / folder / "manifest.csv", COLUMNS, sorted(lines, key=lambda line: (line[0], line[2])))
         print(f"{out / folder}: {len(lines)} slices of {len({line[1] for line in lines})} patient(s)")
@@ -231,7 +231,7 @@ def prepare(inputs: list[str], out: Path, size: int, split: list[str] | None, se
             keep_names: bool, workers: int, trust_hu: bool = False, patients_from: str | None = None,
             only: list[str] | None = None, derived: bool = False) -> int:
     """The whole of `python -m datasets.prepare`; returns the exit status."""
-    slices, shown, problems = read_headers(inputs, out, workers, derived, trust_hu)
+    slices, shown, problems, hidden = read_headers(inputs, out, workers, derived, trust_hu)
     slices, more = choose_series(slices, only)
     slices = name_patients(slices, patients_from)
     part_of = {} if split else own_split(slices, shown)
@@ -239,15 +239,15 @@ def prepare(inputs: list[str], out: Path, size: int, split: list[str] | None, se
         print("The input's own folders train, val and test are the split; --split makes another.")
     chosen = ["own"] if part_of else split or DEFAULT_SPLIT
     part_of = part_of or split_patients(sorted({one.patient for one in slices}), chosen, seed)
-    if patients_from is None and (text := unsure_patients(slices)):
+    hide = pseudonymizer(slices + hidden, keep_names)
+    if patients_from is None and (text := hide(unsure_patients(slices))):
         if sum(part.strip("0.") != "" for part in chosen if "=" not in part and part != "own") > 1:
             raise InputError(text + IF_SO)
         print(f"Warning: {text}", file=sys.stderr)
     outputs, notes = plan_outputs(slices, part_of, volumes, keep_names)
     options = {"size": size, "split": chosen, "seed": seed, "volumes": volumes, "keep_names": keep_names}
     options |= {"patients_from": patients_from} if patients_from else {}
-    return write_all(outputs, out, shown, options, workers, problems + more + notes,
-                     pseudonymizer(slices, keep_names), trust_hu)
+    return write_all(outputs, out, shown, options, workers, problems + more + notes, hide, trust_hu)
 
 
 def choose_series(slices: list[Slice], only: list[str] | None) -> tuple[list[Slice], list[Problem]]:

@@ -2,7 +2,11 @@
 
 import hashlib
 import re
-from functools import lru_cache, partial
+from collections import defaultdict
+from collections.abc import Iterable
+from datetime import datetime
+from functools import lru_cache
+from os.path import commonprefix
 from unicodedata import combining, normalize
 
 from datasets.series import Slice
@@ -11,17 +15,36 @@ UMLAUTS = str.maketrans({letter: base + "e" for letter, base in zip("äöüøÄ�
 PLAIN = str.maketrans("ıłøđħ", "ilodh")  # letters that are not written by an accent in Unicode
 
 
-def pseudonym(text: str, kind: str, keep: bool) -> str:
-    """A name safe for files: `kind`-hash, or with `keep` the text itself, made unique where it had to be cleaned."""
-    code = hashlib.sha256(text.encode(errors="backslashreplace")).hexdigest()
+def pseudonym(text: str, kind: str, keep: bool, salt: str = "") -> str:
+    """A name safe for files: `kind`-hash, or with `keep` the text itself, made unique where it had to be cleaned.
+
+    salt: a secret without which nobody finds the text by trying names or IDs.
+    """
+    code = hashlib.sha256((salt + text).encode(errors="backslashreplace")).hexdigest()
     if not keep:
         return f"{kind}-{code[:10]}"
     clean = re.sub(r"[^A-Za-z0-9_.-]+", "-", text).strip("-.")[:64]
     return clean if clean == text else f"{clean or kind}-{code[:6]}"
 
 
-def pseudonymizer(slices: list[Slice], keep: bool):
-    """A function of a path that puts pseudonyms in place of the patients' names and IDs, unless `keep`.
+def ways_to_write(date: str) -> list[str]:
+    """How folders may write a DICOM date (YYYYMMDD), such as that of a birth; of any other text nothing."""
+    try:
+        day = datetime.strptime(date.strip(), "%Y%m%d")
+    except ValueError:
+        return []
+    y, m, d = str(day.year), str(day.month), str(day.day)
+    name, mm, dd = day.strftime("%B"), m.zfill(2), d.zfill(2)
+    months = [(month, some) for month in (name, name[:3]) for some in (d, dd)]
+    months += [(m, d), (mm, dd)]
+    forms = [form for month, some in months for form in (f"{y} {month} {some}", f"{some} {month} {y}",
+                                                         f"{month} {some} {y}")]
+    short = [f"{y[2:]} {mm} {dd}", f"{dd} {mm} {y[2:]}", f"{mm} {dd} {y[2:]}"]
+    return sorted({*forms, *(form for form in short if form[:2] != "00")})  # 00 11 12 is 1112 without its zeros
+
+
+def pseudonymizer(slices: list[Slice], keep: bool, salt: str = ""):
+    """A function of a path that puts pseudonyms in place of the patients' names, IDs and birth dates, unless `keep`.
 
     A name is found in whatever case, accents, umlauts and Unicode form, joined with others of its patient or with an
     initial; an ID with other separators and without its leading zeros. Letters are hidden from two on (one where a
@@ -43,17 +66,16 @@ def pseudonymizer(slices: list[Slice], keep: bool):
             whole = "".join(phrase)
             if len(whole) >= 4 and not whole.isalpha():
                 first = phrase[0].lstrip("0") if len(whole.lstrip("0")) >= 4 else phrase[0]
-                codes.add(r"[\W_]*".join(map(_spaced, filter(None, [first, *phrase[1:]]))))
+                codes.add(_atoms(*filter(None, [first, *phrase[1:]])))
                 owners["".join([first, *phrase[1:]])] = patient
     if not owners:
         return str
-    letter, longest = r"[^\W\d_]", partial(sorted, key=lambda word: (-len(word), word))
-    free = [word for word in longest(words) if word.upper() == word.lower()]  # such scripts have no spaces either
-    whole = "|".join(map(_spaced, longest(words - set(free)))) or r"(?!)"
-    numbers = "|".join(code for code in longest(codes) if code[0].isdigit()) or r"(?!)"
-    mixed = "|".join(code for code in longest(codes) if not code[0].isdigit()) or r"(?!)"
+    letter = r"[^\W\d_]"
+    free = {word for word in words if word.upper() == word.lower()}  # such scripts have no spaces either
+    whole, free = (_any_of(map(_atoms, some)) for some in (words - free, free))
+    numbers, mixed = (_any_of(code for code in codes if code[0].isdigit() == digit) for digit in (True, False))
     pattern = re.compile(rf"(?<!\d)0*({numbers})(?!\d)|(?<!{letter})({mixed})(?!\d)|"
-                         rf"(?<!{letter})(?:\0?({whole}))+(?!{letter})|({'|'.join(map(_spaced, free)) or '(?!)'})")
+                         rf"(?<!{letter})(?:\0?({whole}))+(?!{letter})|({free})")
 
     @lru_cache
     def hide(text):
@@ -61,16 +83,31 @@ def pseudonymizer(slices: list[Slice], keep: bool):
         done, end = [], 0
         for match in pattern.finditer(folded):
             found = re.sub(r"[\W_]", "", match[match.lastindex])
-            done += [text[end:places[match.start()]], pseudonym(owners[found], "patient", keep=False)]
+            done += [text[end:places[match.start()]], pseudonym(owners[found], "patient", keep=False, salt=salt)]
             end = places[match.end()]
         return "".join(done) + text[end:]
 
     return lambda path: "/".join(map(hide, path.split("/")))
 
 
-def _spaced(word):
-    # A pattern of the word in folded text, where a NUL may stand before a capital.
-    return r"\0?".join(map(re.escape, word))
+def _atoms(*words):
+    # Patterns of the letters of words in folded text, where a NUL may stand before a capital, one after the other.
+    between = {True: r"[\W_]*", False: r"\0?"}
+    return tuple(between[i == 0] * (i + k > 0) + re.escape(letter)
+                 for k, word in enumerate(words) for i, letter in enumerate(word))
+
+
+def _any_of(sequences: Iterable[tuple[str, ...]]) -> str:
+    # A pattern of the longest that fits of some sequences of atoms. What these begin with in common is tried once:
+    # thousands of names cost little more than one.
+    sequences = set(sequences)
+    shared = len(commonprefix(list(sequences)))
+    heads = defaultdict(set)
+    for sequence in sequences:
+        heads[sequence[shared : shared + 1]].add(sequence[shared:])
+    start = "".join(min(sequences)[:shared]) if sequences else r"(?!)"
+    more = "|".join(_any_of(rest) if head else "" for head, rest in sorted(heads.items(), reverse=True))
+    return start + f"(?:{more})" * (len(heads) > 1)
 
 
 def _fold(text, with_places=False):
