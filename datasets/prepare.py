@@ -16,8 +16,8 @@ import os
 import re
 import sys
 from collections import Counter, defaultdict
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain, groupby
 from operator import attrgetter
@@ -39,11 +39,11 @@ from datasets.formats import load, read_hu
 from datasets.plausible import doubt
 from datasets.privacy import pseudonym, pseudonymizer
 from datasets.series import Problem, Refused, Slice, order_series
-from datasets.slices import IF_SO
+from datasets.slices import IF_SO, open_array, read_manifest
 from utils.cli import Parser, script
 from utils.errors import InputError, RunFolderError, Stopped
 from utils.files import atomic, hash16, write_table
-from utils.run_folder import lock, sweep
+from utils.run_folder import described, lock, sweep
 
 SPLITS = ("train", "val", "test")
 DEFAULT_SPLIT = ["0.8", "0.1", "0.1"]
@@ -59,6 +59,7 @@ class Output:
     name: str
     patient: str
     slices: list[Slice]
+    sha256: str = ""  # by the last manifest, of the file that is there
 
 
 def split_patients(patients: list[str], split: list[str], seed: int) -> dict[str, str]:
@@ -87,11 +88,17 @@ def split_patients(patients: list[str], split: list[str], seed: int) -> dict[str
 
 def convert(outputs: list[Output], out: Path, size: int, volumes: bool,
             trust: bool = False) -> list[tuple[list[Slice], str, list[Problem]]]:
-    """Write those of the outputs that are missing: for each (slices it holds, sha256, problems). trust: as `scan`'s."""
+    """Write those of the outputs that are missing or not as they were written.
+
+    trust: as `scan`'s. Returns for each (slices it holds, sha256, problems).
+    """
     results, failed = [], {}  # {path: why}: such a file is not decoded again for its other slices
     for one in outputs:
         target, images, problems = out / one.folder / one.name, {}, []
-        whole = target.exists() and not (volumes and len(np.load(target, mmap_mode="r")) < len(one.slices))
+        sha256 = _sha256(target, (len(one.slices),) * volumes + (size, size))
+        whole = sha256 and one.sha256 in ("", sha256)
+        if not whole:
+            target.unlink(missing_ok=True)
         for source in [] if whole else one.slices:
             try:
                 if source.path in failed:
@@ -110,26 +117,45 @@ def convert(outputs: list[Output], out: Path, size: int, volumes: bool,
         if images:
             with atomic(target) as temporary, open(temporary, "wb") as file:
                 np.save(file, np.stack(list(images.values())) if volumes else images[kept[0]])
+            sha256 = hashlib.sha256(target.read_bytes()).hexdigest()
         if kept and not trust and (found := doubt(np.load(target, mmap_mode="r"))):
             problems.append((kept[0].path, "warning", found[1]))
-        results.append((kept, hashlib.sha256(target.read_bytes()).hexdigest() if kept else "", problems))
+        results.append((kept, sha256 if kept else "", problems))
     return results
 
 
+def _sha256(target, shape):
+    # Of an output; empty where it is not there, or is no array of that shape
+    with suppress(Refused):
+        array = open_array(target)
+        return hashlib.sha256(target.read_bytes()).hexdigest() if (array.shape, array.dtype) == (shape, "i2") else ""
+    return ""
+
+
 def check_resume(out: Path, outputs: list[Output], shown: dict[str, str], options: dict) -> None:
-    """Record what OUT will hold. Raises RunFolderError where it holds something else already."""
+    """Record what OUT will hold, and remove what was made of other contents of the same files.
+
+    Raises RunFolderError where it holds something else.
+    """
     plan, record = {}, out / "prepare.json"
     for one in outputs:
-        files = "\n".join(f"{shown[s.path]} {os.path.getsize(s.path)} {s.frame}" for s in one.slices)
-        plan[f"{one.folder}/{one.name}"] = hash16(files.encode(errors="backslashreplace"))
-    before = json.loads(record.read_text("utf-8")) if record.is_file() else {"options": options, "outputs": {}}
+        names = "\n".join(f"{shown[s.path]} {s.frame}" for s in one.slices)
+        contents = "\n".join(s.content for s in one.slices)
+        plan[f"{one.folder}/{one.name}"] = [hash16(text.encode(errors="backslashreplace")) for text in (names, contents)]
+    before = {"options": options, "outputs": {}} | (described(out, record.name) or {})
+    if not all(isinstance(before[key], dict) for key in ("options", "outputs")):
+        raise RunFolderError(f"{record} is damaged; restore it, or choose another --out.")
     if changed := [key for key in options if options[key] != before["options"].get(key)]:
         raise RunFolderError(f"{out} was made with another {', '.join(changed)}; repeat those options, or choose "
                              "another --out.")
     there = [f"{path.parent.name}/{path.name}" for part in SPLITS for path in (out / f"{part}_img").glob("*.npy")]
-    if other := [name for name in there if plan.get(name, "") != before["outputs"].get(name)]:
+    made_of = {name: [*map(str, before["outputs"].get(name) or [""])] for name in there}
+    if other := [name for name in there if name not in plan or plan[name][0] != made_of[name][0]]:
         raise RunFolderError(f"{out} holds {len(other)} file(s) made from other input, such as {min(other)}; choose "
                              "another --out.")
+    for name in there:
+        if plan[name] != made_of[name]:
+            (out / name).unlink()
     with atomic(record) as temporary:
         temporary.write_text(json.dumps({"options": options, "outputs": plan}), "utf-8")
 
@@ -156,6 +182,9 @@ def write_all(outputs: list[Output], out: Path, shown: dict[str, str], options: 
     sweep(out)
     if outputs:
         check_resume(out, outputs, shown, options)
+    hashes = {(folder, row["file"]): row.get("sha256", "") for folder in {one.folder for one in outputs}
+              for row in read_manifest(out / folder)}
+    outputs = [replace(one, sha256=hashes.get((one.folder, one.name), "")) for one in outputs]
     rows = defaultdict(list)
     for one, (kept, sha256, found) in _convert_all(outputs, out, options["size"], options["volumes"], trust, workers):
         problems += found
