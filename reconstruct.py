@@ -307,12 +307,10 @@ def main(argv=None) -> int:
     wanted = sorted({j for i in missing for j in around(i, args.median_z, count)})
     print(f"{count} slices of {job.size} x {job.size}, {len(missing)} of them to do, from {job.views} "
           f"{'measured' if is_measured else 'simulated'} views by {args.method}.")
-    header, lost = write_volume.series_header(about(args, job, run), run["series_uid"], original, job.patient,
-                                              args.deidentify)
-    problems = list(job.problems)
-    if lost and args.format == "dicom":
-        problems.append(("the original" if args.original else job.names[0], "warning",
-                         f"has attributes that cannot be copied and are left out: {', '.join(lost)}"))
+    header, odd = write_volume.series_header(about(args, job, run), run["series_uid"], original, job.patient,
+                                             args.deidentify)
+    name = "the original" if args.original else job.names[0]
+    problems = [*job.problems, *((name, "warning", text) for text in odd if args.format == "dicom")]
     if missing:
         try:
             work = open_work(hidden, count, job.size)

@@ -238,7 +238,8 @@ def _whose(dataset):
     # (the patient, None where nothing tells; what identifies him or her)
     def texts(key):
         value = _optional(dataset, key)
-        return [text for one in (value if isinstance(value, MultiValue) else [value]) if (text := str(one or "").strip())]
+        values = value if isinstance(value, MultiValue) else [value]
+        return [text for one in values if (text := str(one or "").strip())]
 
     patient = next((text for key in ("PatientID", "PatientName", "StudyInstanceUID", "SeriesInstanceUID")
                     for text in texts(key)), None)

@@ -149,7 +149,8 @@ def scan(path: str, derived: bool = False, trust: bool = False) -> list[Slice]:
     else:
         return dicom.read_header(path, derived)
     if not trust and volume.min() >= 0:
-        refuse_doubtful(volume[:: 1 + volume.size // (MOST_BYTES // 8)], LeftOut.verdict)  # of huge ones every n-th slice
+        every = 1 + volume.size // (MOST_BYTES // 8)  # slices of a huge one that are compared
+        refuse_doubtful(volume[::every], LeftOut.verdict)
     return slices
 
 

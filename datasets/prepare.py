@@ -139,9 +139,9 @@ def check_resume(out: Path, outputs: list[Output], shown: dict[str, str], option
     """
     plan, record = {}, out / "prepare.json"
     for one in outputs:
-        names = "\n".join(f"{shown[s.path]} {s.frame}" for s in one.slices)
-        contents = "\n".join(s.content for s in one.slices)
-        plan[f"{one.folder}/{one.name}"] = [hash16(text.encode(errors="backslashreplace")) for text in (names, contents)]
+        names, contents = [f"{shown[s.path]} {s.frame}" for s in one.slices], [s.content for s in one.slices]
+        plan[f"{one.folder}/{one.name}"] = [hash16("\n".join(texts).encode(errors="backslashreplace"))
+                                            for texts in (names, contents)]
     before = {"options": options, "outputs": {}} | (described(out, record.name) or {})
     if not all(isinstance(before[key], dict) for key in ("options", "outputs")):
         raise RunFolderError(f"{record} is damaged; restore it, or choose another --out.")
@@ -185,11 +185,14 @@ def write_all(outputs: list[Output], out: Path, shown: dict[str, str], options: 
     hashes = {(folder, row["file"]): row.get("sha256", "") for folder in {one.folder for one in outputs}
               for row in read_manifest(out / folder)}
     outputs = [replace(one, sha256=hashes.get((one.folder, one.name), "")) for one in outputs]
+    uids = dict.fromkeys(s.series for one in outputs for s in one.slices)
+    series = {uid: pseudonym(uid, "series", True) if options["keep_names"] else f"series-{number}"
+              for number, uid in enumerate(uids, 1)}
     rows = defaultdict(list)
     for one, (kept, sha256, found) in _convert_all(outputs, out, options["size"], options["volumes"], trust, workers):
         problems += found
         rows[one.folder] += [
-            (one.name, one.patient, index, pseudonym(s.series, "series", options["keep_names"]),
+            (one.name, one.patient, index, series[s.series],
              "" if s.position is None else round(s.position, 4),
              "" if s.spacing is None else round(s.spacing * s.size / options["size"], 6),
              hide(s.kernel), hide(shown[s.path]), sha256) for index, s in enumerate(kept)]

@@ -279,9 +279,8 @@ def test_a_slice_that_fails_is_named_and_done_once_it_is_whole(tmp_path, capsys,
     fbp(tmp_path, source="v.npy", out="v", expect=1)
     assert "v.npy, frame 1 contains NaN" in capsys.readouterr().err
     np.save(tmp_path / "v.npy", np.array([body(32, 0), 1.0 * body(32, 1)]))
-    fbp(tmp_path, source="v.npy", out="v")
-    assert {path.name for path in (tmp_path / "v").iterdir()} == {"slice_0001.dcm", "slice_0002.dcm", "run.json",
-                                                                  "report.csv"}
+    with stops("another source"):  # of the same name and size
+        fbp(tmp_path, source="v.npy", out="v")
 
 
 def test_median_across_slices(tmp_path):
