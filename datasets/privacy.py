@@ -7,11 +7,12 @@ from collections.abc import Iterable
 from datetime import datetime
 from functools import lru_cache
 from os.path import commonprefix
-from unicodedata import combining, normalize
+from unicodedata import category, name, normalize
 
 from datasets.series import Slice
 
 UMLAUTS = str.maketrans({letter: base + "e" for letter, base in zip("äöüøÄÖÜØ", "aouoAOUO", strict=True)})
+LETTERS = r"[^\W_]+"
 PLAIN = str.maketrans("ıłøđħ", "ilodh")  # letters that are not written by an accent in Unicode
 
 
@@ -34,8 +35,8 @@ def ways_to_write(date: str) -> list[str]:
     except ValueError:
         return []
     y, m, d = str(day.year), str(day.month), str(day.day)
-    name, mm, dd = day.strftime("%B"), m.zfill(2), d.zfill(2)
-    months = [(month, some) for month in (name, name[:3]) for some in (d, dd)]
+    long, mm, dd = day.strftime("%B"), m.zfill(2), d.zfill(2)
+    months = [(month, some) for month in (long, long[:3]) for some in (d, dd)]
     months += [(m, d), (mm, dd)]
     forms = [form for month, some in months for form in (f"{y} {month} {some}", f"{some} {month} {y}",
                                                          f"{month} {some} {y}")]
@@ -51,31 +52,42 @@ def pseudonymizer(slices: list[Slice], keep: bool, salt: str = ""):
     script has no case), numbers from four digits: shorter ones are in every file name.
     """
     owners, words, codes = {}, set(), set()
+
+    def add(kind, patient, *parts):  # parts of a word or code: something may stand between them
+        kind.add(_atoms(*parts))
+        owners["".join(parts)] = patient
+
     for patient, names in sorted({(one.patient, one.names) for one in slices if not keep}):
         forms = {form for name in names for form in (name, normalize("NFC", name).translate(UMLAUTS),
                                                      re.sub("([aou])e", r"\1", name, flags=re.I))}
-        phrases = [re.findall(r"[^\W_]+", _fold(form).replace("\0", "")) for form in sorted(forms)]
+        folded = [_fold(form) for form in sorted(forms)]
+        phrases = [re.findall(LETTERS, form.replace("\0", "")) for form in folded]
         letters = [word for phrase in phrases if "".join(phrase).isalpha() for word in phrase]
-        initials = {form for a in letters for b in letters if a != b and len(a) > 1 and a.upper() != a
+        initials = {form for a in letters for b in letters if len(a) > 1 and a.upper() != a
                     for form in (a + b[0], b[0] + a)}
         for word in {*letters, *initials}:
-            if len(word) > 1 or word.upper() == word.lower():
-                words.add(word)
-                owners[word] = patient
+            if word.upper() == word.lower():  # such scripts have no spaces: the family name may stand first or last
+                for turn in range(len(word) if len(word) < 5 else 1):
+                    add(words, patient, *word[turn:], *word[:turn])
+            elif len(word) > 1:
+                add(words, patient, word)
+        phrases += [re.findall(LETTERS, form.replace("\0", " ")) for form in folded]  # McDonald is Mc Donald, too
         for phrase in phrases:
             whole = "".join(phrase)
-            if len(whole) >= 4 and not whole.isalpha():
+            if whole.isalpha() and len(phrase) > 1:
+                add(words, patient, *phrase)
+            elif len(whole) >= 4 and not whole.isalpha():
                 first = phrase[0].lstrip("0") if len(whole.lstrip("0")) >= 4 else phrase[0]
-                codes.add(_atoms(*filter(None, [first, *phrase[1:]])))
-                owners["".join([first, *phrase[1:]])] = patient
+                add(codes, patient, *filter(None, [first, *phrase[1:]]))
     if not owners:
         return str
     letter = r"[^\W\d_]"
-    free = {word for word in words if word.upper() == word.lower()}  # such scripts have no spaces either
-    whole, free = (_any_of(map(_atoms, some)) for some in (words - free, free))
+    free = {word for word in words if word[0].upper() == word[0].lower()}
+    whole, free = _any_of(words - free), _any_of(free)
     numbers, mixed = (_any_of(code for code in codes if code[0].isdigit() == digit) for digit in (True, False))
+    joined = rf"(?<!{letter})(?:\0?({whole})){{1,8}}"  # to the end of all letters where that is possible
     pattern = re.compile(rf"(?<!\d)0*({numbers})(?!\d)|(?<!{letter})({mixed})(?!\d)|"
-                         rf"(?<!{letter})(?:\0?({whole}))+(?!{letter})|({free})")
+                         rf"{joined}(?!\0?{letter})|{joined}(?!{letter})|({free})")
 
     @lru_cache
     def hide(text):
@@ -110,15 +122,21 @@ def _any_of(sequences: Iterable[tuple[str, ...]]) -> str:
     return start + f"(?:{more})" * (len(heads) > 1)
 
 
+def _script(letter):
+    return name(letter, "").partition(" ")[0]
+
+
 def _fold(text, with_places=False):
-    # Its letters without case, accents and forms, which people write in many ways; a NUL before a capital that begins
-    # a word (JohnSmith). With where each comes from, too.
+    # Its letters without case, accents and forms, which people write in many ways; a NUL where one word may follow on
+    # another (JohnSmith, CTSmith, CTsmith, CTИванов). With where each comes from, too.
     letters, places = [], []
     for i, char in enumerate(text):
-        near = text[i - 1 : i + 2] if i else ""
+        before, after = text[max(0, i - 2) : i], text[i + 1 : i + 2]
         parts = normalize("NFKD", normalize("NFKD", char).casefold()).translate(PLAIN)
-        starts = near[1:2].isupper() and (near[0].islower() or near[0].isalpha() and near[2:].islower())
-        for part in "\0" * starts + "".join(part for part in parts if not combining(part)):
+        starts = before[-1:].isalpha() and (
+            char.isupper() and (before[-1].islower() or after.islower())
+            or char.islower() and len(before) == 2 and before.isupper() or _script(char) != _script(before[-1]))
+        for part in "\0" * starts + "".join(part for part in parts if category(part)[0] != "M"):
             letters.append(part)
             places.append(i)
     return ("".join(letters), [*places, len(text)]) if with_places else "".join(letters)
