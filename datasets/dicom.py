@@ -34,7 +34,7 @@ from utils.units import HU_RANGE
 PLAUSIBLE_HU = (-10000, 16000)  # from what lies outside the scan circle to steel
 MAX_SIDE = 4096  # no scanner writes more; a damaged header can claim 65535 and ask for gigabytes
 MOST_PIXELS = 1 << 30  # bytes of a file's pixels, of which up to four times as many are in memory
-MOST_INFLATED = 1 << 29  # bytes of a deflated file: three megabytes can swell to three gigabytes
+MOST_INFLATED = 1 << 28  # bytes of a deflated file: three megabytes can swell to three gigabytes
 CMS_ENVELOPE = bytes.fromhex("06092a864886f70d010703")  # object identifier that opens a Secure DICOM file
 MODALITIES = "CR DX KO MG MR NM OT PR PT REG RTDOSE RTIMAGE RTPLAN RTSTRUCT SC SEG SR US XA".split()
 LOSSY_SYNTAX = re.compile(r"1\.2\.840\.10008\.1\.2\.4\.(5[01]|81|91|93|203)$")

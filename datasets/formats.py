@@ -21,6 +21,7 @@ NIFTI = (".nii", ".nii.gz")
 BAD_NIFTI = "cannot be read as NIfTI; is it damaged?"
 BAD_GZIP = "is damaged: its gzip check sum is wrong, or it ends too early, or it holds no NIfTI"
 MOST_BYTES = 2 << 30  # of a volume as float32: a damaged header can claim terabytes
+PACKED_BYTES = 512 << 20  # of a volume that is packed to less than a fiftieth: a label map, or a trap
 MM = {1: 1000.0, 3: 0.001}  # NIfTI's codes for metres and microns
 
 
@@ -91,9 +92,11 @@ def _read_nifti(path):
             raise Refused(f"holds {kind} of shape {shape}; expected one 3-D volume of HU")
         voxels = math.prod(shape)
         needed = kind.itemsize * voxels
-        if needed > os.path.getsize(path) * (1100 if zipped else 1) or max(needed, 4 * voxels) > MOST_BYTES:
-            raise Refused(f"says that it holds {needed} bytes of voxels: it is truncated or damaged, or over the limit "
-                          f"of {MOST_BYTES >> 30} GiB")  # gzip packs no tighter than that
+        there = os.path.getsize(path)  # gzip packs to a thousandth at best
+        most = min(1100 * there, max(50 * there, PACKED_BYTES)) if zipped else there
+        if needed > most or max(needed, 4 * voxels) > MOST_BYTES:
+            raise Refused(f"says that it holds {needed} bytes of voxels, in a file of {there}: it is truncated or "
+                          f"damaged, or over the limit of {MOST_BYTES >> 30} GiB")
         plain = image.dataobj.slope == 1 and image.dataobj.inter == 0
         volume = (np.asanyarray(image.dataobj) if plain else image.dataobj.get_scaled(np.float32)).reshape(shape[:3])
         while zipped and file.read(1 << 20):  # to its end, where the check sum is compared
@@ -149,7 +152,7 @@ def scan(path: str, derived: bool = False, trust: bool = False) -> list[Slice]:
     else:
         return dicom.read_header(path, derived)
     if not trust and volume.min() >= 0:
-        every = 1 + volume.size // (MOST_BYTES // 8)  # slices of a huge one that are compared
+        every = 1 + volume.size // (MOST_BYTES // 32)  # slices of a huge one that are compared
         refuse_doubtful(volume[::every], LeftOut.verdict)
     return slices
 

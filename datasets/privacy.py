@@ -85,7 +85,8 @@ def pseudonymizer(slices: list[Slice], keep: bool, salt: str = ""):
     free = {word for word in words if word[0].upper() == word[0].lower()}
     whole, free = _any_of(words - free), _any_of(free)
     numbers, mixed = (_any_of(code for code in codes if code[0].isdigit() == digit) for digit in (True, False))
-    joined = rf"(?<!{letter})(?:\0?({whole})){{1,8}}"  # to the end of all letters where that is possible
+    begins = "|".join([rf"(?<!{letter})", *(rf"(?<=(?<!{letter}){word})" for word in ("ct", "pt", "patient"))])
+    joined = rf"(?:{begins})(?:\0?({whole})){{1,8}}"  # to the end of all letters where that is possible
     pattern = re.compile(rf"(?<!\d)0*({numbers})(?!\d)|(?<!{letter})({mixed})(?!\d)|"
                          rf"{joined}(?!\0?{letter})|{joined}(?!{letter})|({free})")
 
@@ -130,8 +131,10 @@ def _fold(text, with_places=False):
     # Its letters without case, accents and forms, which people write in many ways; a NUL where one word may follow on
     # another (JohnSmith, CTSmith, CTsmith, CTИванов). With where each comes from, too.
     letters, places = [], []
-    for i, char in enumerate(text):
-        before, after = text[max(0, i - 2) : i], text[i + 1 : i + 2]
+    spots = [i for i, char in enumerate(text) if category(char)[0] != "M"]  # accents of their own are skipped
+    bare = "".join(text[i] for i in spots)
+    for k, (i, char) in enumerate(zip(spots, bare, strict=True)):
+        before, after = bare[max(0, k - 2) : k], bare[k + 1 : k + 2]
         parts = normalize("NFKD", normalize("NFKD", char).casefold()).translate(PLAIN)
         starts = before[-1:].isalpha() and (
             char.isupper() and (before[-1].islower() or after.islower())
