@@ -4,7 +4,7 @@ Reads DICOM, NIfTI, .npy (HU) and 16-bit PNG (value - 1024 = HU), in any mixture
 DIR/{train,val,test}_img/<patient>_<nnn>.npy, split by patient, with a manifest.csv in each folder, and DIR/report.csv,
 which names every file that was refused, left out or is odd. The same command again does only what is missing.
 
-Names and IDs of patients become pseudonyms unless --keep-names, in file names and where a path repeats them. These
+Names, IDs and birth dates of patients become pseudonyms unless --keep-names, where a path repeats them, too. These
 are hashes: they hide a name from a reader, not from someone who has a list of IDs to try. Exit status 1 when
 something was refused (the rest is written) or nothing could be done.
 """
