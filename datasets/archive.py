@@ -219,11 +219,14 @@ def _near_folders(named, volumes):
             if named[path] in shared or path not in volumes and named[path].isdigit()}
 
 
-def unsure_patients(slices: list[Slice]) -> str:
-    """A sentence where the patients of slices that are named cannot be right, by their number; else empty."""
+def unsure_patients(slices: list[Slice], hide=str) -> str:
+    """A sentence where the patients of slices that are named cannot be right, by their number; else empty.
+
+    hide: as of `unsure`.
+    """
     volumes = _volumes(slices)
     single = {path: one.patient for one in slices if one.corner is None and (path := Path(one.path)) not in volumes}
-    if all(path.stem == patient for path, patient in single.items()) and (text := unsure(list(single))):
+    if all(path.stem == patient for path, patient in single.items()) and (text := unsure(list(single), hide)):
         return text
     series = {one.series for one in slices}
     if len({one.patient for one in slices}) == 1 < len(series):

@@ -161,7 +161,10 @@ def _check_streams(dataset, frames):
 
 
 def stream_shape(stream: bytes) -> tuple[int, int, int]:
-    """(rows, columns, components) by the header of a JPEG, JPEG-LS or JPEG 2000 stream. ValueError: it has none."""
+    """(rows, columns, components) by the header of a JPEG, JPEG-LS or JPEG 2000 stream.
+
+    Raises ValueError where it has none, or one of numbers that end GDCM's process.
+    """
     def number(start, size):
         return int.from_bytes(stream[start : start + size], "big")
 
@@ -177,6 +180,8 @@ def stream_shape(stream: bytes) -> tuple[int, int, int]:
     while number(at, 1) == 0xFF:  # one segment after the other: marker, length, content
         marker = number(at + 1, 1)
         if marker == 0xF7 or 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):  # the frame's header
+            if not 2 <= number(at + 4, 1) <= 16:
+                raise ValueError("bits that no CT has")
             return number(at + 5, 2), number(at + 7, 2), number(at + 9, 1)
         at += 1 if marker == 0xFF else 2 + number(at + 2, 2)  # 0xFF before a marker fills up
     raise ValueError("no header of a frame")

@@ -272,7 +272,7 @@ def prepare(inputs: list[str], out: Path, size: int, split: list[str] | None, se
     chosen = ["own"] if part_of else split or DEFAULT_SPLIT
     part_of = part_of or split_patients(sorted({one.patient for one in slices}), chosen, seed)
     hide = pseudonymizer(slices + hidden, keep_names)
-    if patients_from is None and (text := hide(unsure_patients(slices))):
+    if patients_from is None and (text := unsure_patients(slices, hide)):
         if sum(part.strip("0.") != "" for part in chosen if "=" not in part and part != "own") > 1:
             raise InputError(text + IF_SO)
         print(f"Warning: {text}", file=sys.stderr)

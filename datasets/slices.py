@@ -86,15 +86,18 @@ def patients_of(files: list[Path], source: str | None = None) -> list[str]:
     return [told.get(f) or patient_of(f.name) for f in files]
 
 
-def unsure(files: list[Path]) -> str:
-    """A sentence where nothing but names tells the patients and these make every slice one of its own; else empty."""
+def unsure(files: list[Path], hide=str) -> str:
+    """A sentence where nothing but names tells the patients and these make every slice one of its own; else empty.
+
+    hide: what makes pseudonyms of names in it.
+    """
     told = told_patients(files)
     bare = [f for f in files if f not in told]
     if len(bare) < 2 or len({f.stem for f in bare}) < len(bare) or any(patient_of(f.name) != f.stem for f in bare):
         return ""
-    return (f"By their names, each of {len(bare)} slices is of a patient of its own ({bare[0].name}, {bare[1].name}), "
-            "but slices of one scan are alike and must not be parted. Name them PATIENT_001.npy, or put a manifest.csv "
-            "with the columns file and patient beside them.")
+    return (f"By their names, each of {len(bare)} slices is of a patient of its own ({hide(bare[0].name)}, "
+            f"{hide(bare[1].name)}), but slices of one scan are alike and must not be parted. Name them "
+            "PATIENT_001.npy, or put a manifest.csv with the columns file and patient beside them.")
 
 
 @refuse_on_error("cannot be read as a .npy array; is it truncated or damaged?")

@@ -173,9 +173,11 @@ def read_geometry(path: str | Path) -> dict:
 
 
 def _parse_yaml(text: str):
-    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
-    if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, loader)):
-        raise ValueError("it repeats parts by *name, which can make a few lines endless")
+    loader, depth = getattr(yaml, "CSafeLoader", yaml.SafeLoader), 0
+    for event in yaml.parse(text, loader):
+        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+        if isinstance(event, yaml.AliasEvent) or depth > 9:
+            raise ValueError("it nests deeply or repeats parts by *name, which can make a few lines endless")
     return yaml.load(text, loader)
 
 

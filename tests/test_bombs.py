@@ -118,7 +118,8 @@ def test_the_size_of_a_stream_is_that_of_its_frame():
     assert stream_shape(b"\xff\xd8" + table + sof(0xC1, 30, 20, 3)[2:]) == (30, 20, 3)
     box = struct.pack(">I4sI", 12, b"jP  ", 0x0D0A870A) + struct.pack(">I4s", 12, b"jp2h") + bytes(4)
     assert stream_shape(box + struct.pack(">I4s", 0, b"jp2c") + siz(30, 20)) == (30, 20, 1)
-    for stream in (b"", b"\xff\xd8", b"\xff" * 99, bytes(99), box, sof(0xC4, 1, 1)):
+    bits = sof(0xF7, 9, 9).replace(b"\x0c", b"\x11")  # 17: GDCM ends the process
+    for stream in (b"", b"\xff\xd8", b"\xff" * 99, bytes(99), box, sof(0xC4, 1, 1), bits):
         with pytest.raises(ValueError):
             stream_shape(stream)
 
@@ -150,7 +151,7 @@ LAUGHS = "a: &a [x, x, x, x, x, x, x, x, x]\n" + "".join(
 
 
 @pytest.mark.parametrize("name, text, said", [
-    ("g.yaml", LAUGHS, "repeats parts"), ("g.yaml", "[" * 20000, "cannot be read"), ("g.json", "[" * 20000, "cannot"),
+    ("g.yaml", LAUGHS, "repeats parts"), ("g.yaml", "[" * 20000, "nests deeply"), ("g.json", "[" * 20000, "cannot"),
     ("g.json", "1" * 5000, "cannot be read"), ("g.json", " " * (5 << 20), "at most 4 MiB")])
 def test_geometry_files_that_swell_are_refused(tmp_path, name, text, said):
     (tmp_path / name).write_text(text)

@@ -4,8 +4,9 @@ import random
 import re
 from unicodedata import category, normalize
 
+import numpy as np
 import pytest
-from conftest import make_dicom, make_series
+from conftest import body, make_dicom, make_series
 from test_prepare import run
 
 from datasets.privacy import _any_of, pseudonymizer, ways_to_write
@@ -134,3 +135,17 @@ def test_two_hundred_names_appear_in_no_output(tmp_path, capfd):
         digits, code = re.sub(r"[\W_]", "", left), re.sub(r"[\W_]", "", secrets[index][-1].lower()).lstrip("0")
         assert not re.search(rf"19800102|a{index + 7000}|{code}", digits), line
     assert not [secret for found in secrets.values() for secret in found if len(secret) > 3 and secret in bare(rest)]
+
+
+def test_names_of_files_without_a_header_are_hidden_in_sentences_and_paths(tmp_path, capsys):
+    (tmp_path / "in").mkdir()
+    for index, name in enumerate(("Mustermann-Max", "Smith-John")):
+        np.save(tmp_path / f"in/{name}.npy", body(16, index))
+    with pytest.raises(SystemExit):
+        run(tmp_path)
+    said = capsys.readouterr().err
+    assert "each of 2 slices is of a patient of its own (patient-" in said
+    status, _, rows = run(tmp_path, "--patients-from", "name")
+    assert status == 0 and len(rows) == 2
+    for name in ("Mustermann", "Max", "Smith", "John"):
+        assert name not in said + capsys.readouterr().out + "".join(row["source"] for row in rows)
