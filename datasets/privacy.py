@@ -5,7 +5,7 @@ import re
 from collections import defaultdict
 from collections.abc import Iterable
 from datetime import datetime
-from functools import lru_cache
+from functools import cache, lru_cache
 from os.path import commonprefix
 from unicodedata import category, name, normalize
 
@@ -123,8 +123,16 @@ def _any_of(sequences: Iterable[tuple[str, ...]]) -> str:
     return start + f"(?:{more})" * (len(heads) > 1)
 
 
+@cache
 def _script(letter):
     return name(letter, "").partition(" ")[0]
+
+
+@cache
+def _plain(letter):
+    # Without case, accents and forms; nothing of an accent alone.
+    parts = normalize("NFKD", normalize("NFKD", letter).casefold()).translate(PLAIN)
+    return "".join(part for part in parts if category(part)[0] != "M")
 
 
 def _fold(text, with_places=False):
@@ -135,11 +143,10 @@ def _fold(text, with_places=False):
     bare = "".join(text[i] for i in spots)
     for k, (i, char) in enumerate(zip(spots, bare, strict=True)):
         before, after = bare[max(0, k - 2) : k], bare[k + 1 : k + 2]
-        parts = normalize("NFKD", normalize("NFKD", char).casefold()).translate(PLAIN)
         starts = before[-1:].isalpha() and (
             char.isupper() and (before[-1].islower() or after.islower())
             or char.islower() and len(before) == 2 and before.isupper() or _script(char) != _script(before[-1]))
-        for part in "\0" * starts + "".join(part for part in parts if category(part)[0] != "M"):
+        for part in "\0" * starts + _plain(char):
             letters.append(part)
             places.append(i)
     return ("".join(letters), [*places, len(text)]) if with_places else "".join(letters)
