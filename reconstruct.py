@@ -8,11 +8,11 @@ report.csv, which names every file that was not used. The same command again doe
 when something was refused. Not for diagnosis.
 """
 
-import os
 import sys
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -54,7 +54,7 @@ class Job:
     original: str | None = None            # DICOM file whose study the output joins
     patient: str = "unknown"               # pseudonym
     problems: tuple[tuple[str, str, str], ...] = ()  # (file, status, reason)
-    source: str = ""                       # hash of names and sizes of the input's files
+    source: str = ""                       # hash of names and contents of the input's files
 
 
 def arguments() -> Parser:
@@ -168,8 +168,10 @@ def measured(args) -> Job:
 
 
 def fingerprint(files) -> str:
-    """Hash of files' names and sizes and what comes with each."""
-    text = "\n".join(f"{Path(path).name} {os.path.getsize(path)} {more}" for path, more in files)
+    """Hash of the names and contents of files, or of the files in a folder, and of what comes with each."""
+    content = cache(lambda path: [(file.name, hash16(file)) for file in sorted((path, *path.glob("[!.]*")))
+                                  if file.is_file()])
+    text = "\n".join(f"{content(Path(path))} {more}" for path, more in files)
     return hash16(text.encode(errors="backslashreplace"))
 
 
@@ -305,12 +307,10 @@ def main(argv=None) -> int:
     wanted = sorted({j for i in missing for j in around(i, args.median_z, count)})
     print(f"{count} slices of {job.size} x {job.size}, {len(missing)} of them to do, from {job.views} "
           f"{'measured' if is_measured else 'simulated'} views by {args.method}.")
-    header, lost = write_volume.series_header(about(args, job, run), run["series_uid"], original, job.patient,
-                                              args.deidentify)
-    problems = list(job.problems)
-    if lost and args.format == "dicom":
-        problems.append(("the original" if args.original else job.names[0], "warning",
-                         f"has attributes that cannot be copied and are left out: {', '.join(lost)}"))
+    header, odd = write_volume.series_header(about(args, job, run), run["series_uid"], original, job.patient,
+                                             args.deidentify)
+    name = "the original" if args.original else job.names[0]
+    problems = [*job.problems, *((name, "warning", text) for text in odd if args.format == "dicom")]
     if missing:
         try:
             work = open_work(hidden, count, job.size)

@@ -31,6 +31,7 @@ FIELDS = {"pitch": 0x70291002, "shape": 0x7029100B, "rows": 0x70291010, "columns
           "shift_angle": 0x7033100B, "shift_radius": 0x7033100D}
 OPTIONAL = ("water", "shift_angle", "shift_radius", "z")
 TEXT = ("shape", "water")  # rows and columns are 16-bit integers, all other fields float32
+MOST_BYTES = 1 << 30  # of one slice's sinogram: an HDF5 file of a kilobyte can claim terabytes
 SHAPES = {"FLAT": "flat", "CYLINDRICAL": "curved"}
 
 
@@ -68,11 +69,15 @@ def read_sinograms(path: Path, dataset: str | None = None):
         if len(names) != 1 or names[0] not in found:
             raise Refused(f"holds the arrays {', '.join(sorted(found)) or '(none)'}; name the sinogram by --dataset")
         array = found[names[0]]
+        if array.external or array.is_virtual:
+            raise Refused(f"keeps {names[0]} in another file; copy it into this one (h5repack)")
     else:
         raise Refused("is no sinogram this program reads (.npy, .h5, or a folder of DICOM-CT-PD files)")
     if array.ndim not in (2, 3) or array.dtype.kind not in "iuf" or 0 in array.shape:
         raise Refused(f"holds {array.dtype} of shape {array.shape}; expected line integrals, (views, bins) or "
                       "(N, views, bins)")
+    if 8 * math.prod(array.shape[-2:]) > MOST_BYTES:
+        raise Refused(f"holds sinograms of {array.shape[-2]} x {array.shape[-1]} numbers; the limit is 1 GiB for each")
     return array if array.ndim == 3 else array[:][None], {}
 
 

@@ -35,6 +35,9 @@ from utils.units import MU_WATER
 
 PUBLISHED = {"size": 256, "source_distance": 1075, "det_distance": 1075, "det_count": 672, "det_spacing": 2}  # pixels
 
+MOST_GEOMETRY = 4 << 20  # bytes of a geometry file
+MOST_NUMBERS = 100_000  # views, bins or pixels of a side: more is a mistake
+
 cached = lru_cache(maxsize=512)  # by value, as scanners are frozen; more than any view count makes of levels
 
 
@@ -156,15 +159,26 @@ class Scanner:
 
 def read_geometry(path: str | Path) -> dict:
     """Fields of a geometry file, JSON or YAML, unchecked. Raises InputError with a sentence."""
-    parse = yaml.safe_load if str(path).lower().endswith((".yaml", ".yml")) else json.loads
+    parse = _parse_yaml if str(path).lower().endswith((".yaml", ".yml")) else json.loads
     try:
+        if not Path(path).is_file() or Path(path).stat().st_size > MOST_GEOMETRY:
+            raise ValueError(f"no regular file of at most {MOST_GEOMETRY >> 20} MiB")
         found = parse(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError) as error:
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         reason = " ".join(str(error).split())  # PyYAML's has several lines
         raise InputError(f"The geometry {path} cannot be read ({reason}); expected JSON, or YAML named .yaml") from None
     if not isinstance(found, dict):
         raise InputError(f"The geometry {path} holds a {type(found).__name__}; expected fields and their values")
     return found
+
+
+def _parse_yaml(text: str):
+    loader, depth = getattr(yaml, "CSafeLoader", yaml.SafeLoader), 0
+    for event in yaml.parse(text, loader):
+        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+        if isinstance(event, yaml.AliasEvent) or depth > 9:
+            raise ValueError("it nests deeply or repeats parts by *name, which can make a few lines endless")
+    return yaml.load(text, loader)
 
 
 def make_scanner(found: dict) -> Scanner:
@@ -188,6 +202,8 @@ def make_scanner(found: dict) -> Scanner:
                          f"whose corners are {corners:.0f} mm from the axis")
     if scanner.detector_distance_mm < 0 or (scanner.beam == "parallel" and scanner.detector_shape == "curved"):
         raise InputError("The geometry has a detector_distance_mm below 0, or a curved detector in a parallel beam")
+    if max(scanner.size, scanner.detector_count) > MOST_NUMBERS:
+        raise InputError(f"The geometry's size or detector_count is over {MOST_NUMBERS}")
     view_weights(scanner)
     return scanner
 
@@ -199,10 +215,10 @@ def _checked(name: str, value, kind):
     elif kind is bool:
         fits, expected = isinstance(value, bool), "true or false"
     else:
-        fits = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+        fits = isinstance(value, int | float) and not isinstance(value, bool) and -1e300 < value < 1e300
         fits, expected = fits and value == kind(value), {int: "a whole number", float: "a finite number"}[kind]
     if not fits:
-        raise InputError(f"The geometry's {name} is {value!r}; expected {expected}")
+        raise InputError(f"The geometry's {name} is {value!r:.60}; expected {expected}")
     return kind(value) if kind in (int, float) else value
 
 
@@ -211,7 +227,10 @@ def _angles(found) -> tuple[float, ...]:
         if set(found) != {"start", "step", "count"}:
             raise InputError(f"The geometry's angles hold {', '.join(map(str, found))}; expected start, step and count")
         start, step = (_checked(f"angles.{key}", found[key], float) for key in ("start", "step"))
-        found = [start + step * i for i in range(_checked("angles.count", found["count"], int))]
+        count = _checked("angles.count", found["count"], int)
+        if count > MOST_NUMBERS:
+            raise InputError(f"The geometry's angles.count is {count}; expected at most {MOST_NUMBERS}")
+        found = [start + step * i for i in range(count)]
     if not isinstance(found, list | tuple) or not found:
         raise InputError("The geometry's angles are no list; expected degrees, one a view, or start, step and count")
     return tuple(_checked("angles", value, float) for value in found)
