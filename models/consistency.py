@@ -10,45 +10,51 @@ from utils.units import pixel_cm
 ITERATIONS = 16
 
 
-def data_consistency(degrade: Degradation, y, iterations: int, photons: float | None = None, electronic: float = 0.0):
+def data_consistency(degrade: Degradation, y, iterations: int, photons=None, electronic=0.0):
     """dc(x0_hat, slices): `iterations` of CG on min |P_n x - y|^2 from the estimates x0_hat (B, 1, H, H) of `slices`.
 
     y: measured sinograms, (B, 1, n, bins) or a list of (1, n, bins). The correction lies in the range of P_n^T: what
     the measurement does not see stays as the network has it. None for 0 iterations.
-    photons, electronic: I0 and electronic noise (counts) of a noisy measurement. A slice then stops by the discrepancy
-    principle, where noise alone would leave what is left: as soon as sum r^2/sigma <= sum sigma, r the residual and
-    sigma the deviation of each ray. Dividing by sigma instead of its square keeps the rays through air, where there is
-    nothing to correct, from deciding.
+    photons, electronic: I0 (inf or None without noise) and electronic noise (counts) of noisy measurements, numbers or
+    one a slice (B,). A slice then stops by the discrepancy principle, where noise alone would leave what is left: as
+    soon as sum r^2/sigma <= sum sigma, r the residual and sigma the deviation of each ray. Dividing by sigma instead of
+    its square keeps the rays through air, where there is nothing to correct, from deciding.
     """
+    noise = [torch.as_tensor(v, dtype=torch.float32, device=y[0].device).expand(len(y))
+             for v in (() if photons is None else (photons, electronic))]
+
     @torch.no_grad()
     def dc(x0_hat, slices):
         views = [y[i].shape[-2] for i in slices]
         if x0_hat.is_cuda or len(set(views)) == 1:
-            return solve(x0_hat, [y[i] for i in slices])
+            return solve(x0_hat, slices)
         x = torch.empty_like(x0_hat)  # a CPU takes one view count after the other: nothing is padded
         for n in dict.fromkeys(views):
             group = [j for j, v in enumerate(views) if v == n]
-            x[group] = solve(x0_hat[group], [y[slices[j]] for j in group])
+            x[group] = solve(x0_hat[group], [slices[j] for j in group])
         return x
 
-    def solve(x0_hat, measured):
-        views, noise = [p.shape[-2] for p in measured], {}
+    def solve(x0_hat, slices):
+        measured, stop = [y[i] for i in slices], {}
+        views = [p.shape[-2] for p in measured]
         ragged, size = len(set(views)) > 1, x0_hat.shape[-1]
         operator = degrade.operator(size, views if ragged else views[0])
         measured = operator.pad(measured) if ragged else torch.stack(measured)
-        if photons:
-            sigma = deviation(measured, photons, pixel_cm(size), electronic)
+        if noise:
+            I0, counts = (torch.stack([v[i] for i in slices]).view(-1, 1, 1, 1) for v in noise)
+            sigma = deviation(measured, I0, pixel_cm(size), counts)
             there = operator.exists(x0_hat.device)[:, None] if ragged else 1.0
-            noise = {"target": (there * sigma).sum((-2, -1), keepdim=True), "target_weights": there / sigma}
-        return cgne(operator, x0_hat, measured, max_iter=iterations, **noise)
+            stop = {"target": (there * sigma).sum((-2, -1), keepdim=True), "target_weights": there / sigma}
+        return cgne(operator, x0_hat, measured, max_iter=iterations, **stop)
 
     return dc if iterations else None
 
 
-def deviation(y: torch.Tensor, photons: float, pixel_cm: float, electronic: float = 0.0) -> torch.Tensor:
+def deviation(y: torch.Tensor, photons, pixel_cm: float, electronic=0.0) -> torch.Tensor:
     """Standard deviation of each ray of a sinogram in 1/cm x pixels, to first order.
 
-    It is that of I0 exp(-p pixel_cm) counts with electronic noise, over their number and pixel_cm.
+    It is that of I0 exp(-p pixel_cm) counts with electronic noise, over their number and pixel_cm. photons, electronic:
+    numbers, or tensors that broadcast to y; without noise photons are inf and the deviation next to nothing.
     """
-    counts = photons * torch.exp(-y * pixel_cm)
+    counts = torch.as_tensor(photons).clamp_max(1e30) * torch.exp(-y * pixel_cm)
     return (counts + electronic**2).sqrt() / (counts * pixel_cm)

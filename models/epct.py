@@ -1,5 +1,6 @@
 """Error-Propagating Composite Training (EPCT; Chen et al., MICCAI 2025): the network's inputs and its loss."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -8,6 +9,7 @@ import torch
 from datasets.loader import Part
 from models.consistency import data_consistency
 from models.degradation import Degradation
+from models.drawn import add_noise, draw_noise
 from models.estimate import anchored_residual
 from models.levels import LEVELS, chain_levels, condition
 from models.presets import Preset
@@ -81,15 +83,21 @@ class Chain:
     x0_hat: torch.Tensor | None = None       # the last estimate
     is_estimate: torch.Tensor | None = None  # where x_t is an estimate itself and has no residual, (B, 1, 1, 1)
     residual: torch.Tensor | None = None     # the last anchored residual
+    photons: torch.Tensor | None = None      # what the network is told of the noise, (B,)
 
 
-def start_chain(part: Part, degrade: Degradation, preset: Preset, device: str) -> Chain:
-    """The restore input x_T = D(x0, n_T), n_T drawn for each slice."""
-    x0 = part.x.to(device, non_blocking=True)
+def start_chain(part: Part, degrade: Degradation, preset: Preset, device: str, seed: int = 0) -> Chain:
+    """The restore input, n_T drawn for each slice: x_T = D(x0, n_T), or the FBP of noisy measurements."""
+    x0, size = part.x.to(device, non_blocking=True), part.x.shape[-1]
     n_T = [draw_views(u[0], preset) for u in part.uniform]
-    dc = data_consistency(degrade, degrade.project(x0, n_T), preset.dc) if preset.dc else None
-    x_T = degrade(x0, n_T)
-    return Chain(part, x0, degrade, x_T, n_T, dc, x_T, n_T)
+    noise = [draw_noise(u[-3:], preset) for u in part.uniform] if preset.noise_share else []
+    noisy = any(math.isfinite(photons) for photons, _ in noise)
+    y = degrade.project(x0, n_T) if preset.dc or noisy else None
+    y = add_noise(y, noise, size, seed, part.indices) if noisy else y
+    x_T = torch.cat([degrade.fbp(p[None], size) for p in y]) if noisy else degrade(x0, n_T)
+    photons, electronic = torch.tensor(noise).T.to(device, non_blocking=True) if noise else (None, 0.0)
+    dc = data_consistency(degrade, y, preset.dc, photons, electronic) if preset.dc else None
+    return Chain(part, x0, degrade, x_T, n_T, dc, x_T, n_T, photons=photons if preset.told_photons else None)
 
 
 def advance(chain: Chain, hop: int, preset: Preset) -> None:
@@ -105,23 +113,24 @@ def advance(chain: Chain, hop: int, preset: Preset) -> None:
     chain.x_t, chain.n_t = compose(chain.degrade, chain.x_t, chain.n_t, x0_hat, n_s, preset.update), n_s
 
 
-def network_input(chain: Chain, network, preset: Preset) -> tuple[torch.Tensor, torch.Tensor]:
-    """What the network is called with: x_t (B, channels, H, H) and t (B,).
+def network_input(chain: Chain, network, preset: Preset) -> tuple[torch.Tensor, ...]:
+    """What the network is called with: x_t (B, channels, H, H), t (B,) and, if it is told them, photons (B,).
 
     The second channel is ReCo-Diff's tanh(x_t - D(x0_hat, n_t)), x0_hat = R([x_t, 0], t) without gradient; 0 where x_t
     is an estimate itself (arXiv 2603.02691). Or, anchored, RBG-Diff's, from the estimate before; 0 in the first call.
     """
     t = torch.tensor([condition(n, preset.conditioning) for n in chain.n_t], device=chain.x_t.device)
+    told = (t,) if chain.photons is None else (t, chain.photons)
     if preset.channels == 1:
-        return chain.x_t, t
+        return chain.x_t, *told
     if preset.residual_channel == "anchored":
         residual = torch.zeros_like(chain.x_t) if chain.residual is None else chain.residual
-        return torch.cat([chain.x_t, residual], dim=1), t
+        return torch.cat([chain.x_t, residual], dim=1), *told
     with torch.no_grad():
-        x0_hat = network(chain.x_t, t)
+        x0_hat = network(chain.x_t, *told)
         x0_hat = torch.where(x0_hat.isfinite(), x0_hat, chain.x_t)
     with torch.autocast(t.device.type, enabled=False):
         residual = torch.tanh(chain.x_t - chain.degrade(x0_hat, chain.n_t))
     if chain.is_estimate is not None:
         residual = residual.masked_fill(chain.is_estimate, 0)
-    return torch.cat([chain.x_t, residual], dim=1), t
+    return torch.cat([chain.x_t, residual], dim=1), *told

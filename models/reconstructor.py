@@ -127,7 +127,7 @@ class Reconstructor:
             return BASELINES[method].run(degrade, y, size, **options), [0] * len(y)
         consistency = data_consistency(degrade, y, self.dc, photons, electronic)
         x_T = degrade.fbp(y, size)
-        denoise = denoiser(self.network, self.protocol == "cvg", self.precision, self.published_levels)
+        denoise = denoiser(self.network, self.protocol == "cvg", self.precision, self.published_levels, photons)
         estimate = Estimate(denoise, degrade, x_T, n, consistency, self.network.config.anchored, callback)
         update, sampler = redegrade if consistency else shift, SAMPLERS[method]
         if sampler.wraps and self.protocol == "cvg-official" and not consistency:
