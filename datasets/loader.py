@@ -64,8 +64,8 @@ class Part:
     indices: range             # global sample indices
     slices: list[int]          # which slices these are
     x: torch.Tensor            # they, mu (B, 1, H, W)
-    uniform: list[np.ndarray]  # draws of each for its levels and noise
-    common: np.ndarray | None = None  # draws of the whole batch for its scanner
+    uniform: list[np.ndarray]  # draws of each: levels (1 + 2 hops), scanner (2), noise (3)
+    common: np.ndarray | None = None  # those of the batch's first, for its scanner
 
 
 def load_batch(mu: torch.Tensor, span: tuple[int, int], seed: int, preset, rank: int = 0, processes: int = 1,
@@ -83,7 +83,7 @@ def load_batch(mu: torch.Tensor, span: tuple[int, int], seed: int, preset, rank:
         x = flip_and_turn(x, symmetry) if preset.augment else x
         levels = uniform if preset.per_sample_levels else [common] * len(x)  # else one t and one t' a batch
         loaded.append(Part(indices, [int(i) for i in order], x.pin_memory() if pin else x, list(levels),
-                           common[-5:-3]))
+                           common))
     return span, loaded, weight
 
 

@@ -50,6 +50,18 @@ def data_consistency(degrade: Degradation, y, iterations: int, photons=None, ele
     return dc if iterations else None
 
 
+@torch.no_grad()
+def relative_residual(degrade: Degradation, y: torch.Tensor, size: int, iterations: int = ITERATIONS) -> torch.Tensor:
+    """|P_n x - y| / |y| of each sinogram (B, 1, n, bins), after CG iterations from x = 0: (B,), 0 where y is 0.
+
+    Measured data in their own geometry leave 0.002 to 0.01 after 16; a wrong centre or direction leaves about 0.1.
+    """
+    operator = degrade.operator(size, y.shape[-2])
+    x = cgne(operator, y.new_zeros(len(y), 1, size, size), y, max_iter=iterations)
+    left, measured = (p.flatten(1).norm(dim=1) for p in (operator.forward(x) - y, y))
+    return left / measured.clamp_min(torch.finfo(y.dtype).tiny)
+
+
 def deviation(y: torch.Tensor, photons, pixel_cm: float, electronic=0.0) -> torch.Tensor:
     """Standard deviation of each ray of a sinogram in 1/cm x pixels, to first order.
 

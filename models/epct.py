@@ -9,25 +9,10 @@ import torch
 from datasets.loader import Part
 from models.consistency import data_consistency
 from models.degradation import Degradation
-from models.drawn import add_noise, draw_noise
+from models.drawn import add_noise, draw_noise, draw_views
 from models.estimate import anchored_residual
 from models.levels import LEVELS, chain_levels, condition
 from models.presets import Preset
-
-
-def draw_views(u: float, preset: Preset) -> int:
-    """Views n_T of a measurement from a uniform draw u.
-
-    With probability `any_view_share` any count from 18 to 288, the angle between two views uniform; of the others, with
-    probability `focus_share` one of `focus_views`, else a published level's.
-    """
-    if u < preset.any_view_share:
-        densest, sparsest = 1 / LEVELS[0], 1 / LEVELS[-1]
-        return round(1 / (sparsest - u / preset.any_view_share * (sparsest - densest)))
-    u = (u - preset.any_view_share) / (1 - preset.any_view_share)
-    if u < preset.focus_share:
-        return preset.focused[int(u / preset.focus_share * len(preset.focused))]
-    return LEVELS[int((u - preset.focus_share) / (1 - preset.focus_share) * len(LEVELS))]
 
 
 def next_level(n: int, levels: tuple[int, ...], uniform, jumps: float) -> int:
@@ -87,15 +72,21 @@ class Chain:
 
 
 def start_chain(part: Part, degrade: Degradation, preset: Preset, device: str, seed: int = 0) -> Chain:
-    """The restore input, n_T drawn for each slice: x_T = D(x0, n_T), or the FBP of noisy measurements."""
+    """The restore input, n_T drawn for each slice: x_T = D(x0, n_T), or the FBP of noisy measurements.
+
+    A drawn scanner has its n_T views, the same for every slice.
+    """
     x0, size = part.x.to(device, non_blocking=True), part.x.shape[-1]
-    n_T = [draw_views(u[0], preset) for u in part.uniform]
+    angles = getattr(degrade.scanner, "angles", ())
+    n_T = [len(angles) or draw_views(u[0], preset) for u in part.uniform]
     noise = [draw_noise(u[-3:], preset) for u in part.uniform] if preset.noise_share else []
     noisy = any(math.isfinite(photons) for photons, _ in noise)
     y = degrade.project(x0, n_T) if preset.dc or noisy else None
     y = add_noise(y, noise, size, seed, part.indices) if noisy else y
     x_T = torch.cat([degrade.fbp(p[None], size) for p in y]) if noisy else degrade(x0, n_T)
-    photons, electronic = torch.tensor(noise).T.to(device, non_blocking=True) if noise else (None, 0.0)
+    photons, electronic = None, 0.0
+    if noise:
+        photons, electronic = torch.tensor(noise, dtype=torch.float32).T.to(device, non_blocking=True)
     dc = data_consistency(degrade, y, preset.dc, photons, electronic) if preset.dc else None
     return Chain(part, x0, degrade, x_T, n_T, dc, x_T, n_T, photons=photons if preset.told_photons else None)
 

@@ -180,12 +180,12 @@ PRESETS = {
     "tiny": TINY,
     # `tiny` goes on with noise and other scanners: --init models/tiny.safetensors. Small batches, many steps.
     "real": replace(
-        TINY, **REAL, images=7200, batch=4, focus_views="18 24 36 72", epct_start=0, lr=6e-4, warmup=50, ema_start=0,
+        TINY, **REAL, images=6000, batch=4, focus_views="18 24 36 72", epct_start=0, lr=6e-4, warmup=50, ema_start=0,
         val_slices=5, val_every=600, save_every=80),
     # 8.6 M parameters, 46 GFLOP a call, the recipe of `tiny` and `real`: for one GPU. No trained result yet.
     "small": replace(
-        TINY, **REAL, width=64, images=200_000, batch=16, augment=True, epct_start=1000, lr=5e-4, warmup=500, ema=0.9995,
-        val_slices=16, val_every=10_000, save_every=5_000),
+        TINY, **REAL, width=64, images=200_000, batch=16, augment=True, epct_start=1000, lr=5e-4, warmup=500,
+        ema=0.9995, val_slices=16, val_every=10_000, save_every=5_000),
     # The published network with the recipe of `tiny`: for one large GPU or several. No result is documented yet.
     "base": replace(
         TINY, width=128, stem=1, images=400_000, batch=32, augment=True, epct_start=2000, lr=2e-4, warmup=1000,

@@ -11,7 +11,18 @@ import train
 from datasets.loader import Part, load_batch
 from models.checkpoint import load_checkpoint
 from models.degradation import Degradation
-from models.drawn import FIELD, SCANNERS, add_noise, draw_noise, draw_scanner, scanner_number
+from models.drawn import (
+    FIELD,
+    HALF,
+    LONGEST,
+    SCANNERS,
+    SHORT,
+    add_noise,
+    draw_noise,
+    draw_scanner,
+    draw_views,
+    scanner_number,
+)
 from models.epct import network_input, start_chain
 from models.estimate import denoiser
 from models.presets import PRESETS
@@ -52,26 +63,42 @@ def test_noise_has_the_deviation_of_its_photons_and_is_a_function_of_seed_and_sa
 
 
 def test_scanners_are_drawn_around_those_that_there_are():
-    scanners = [scanner_number(0, k) for k in range(300)]
-    assert scanners[5] is scanner_number(0, 5) != scanner_number(1, 5) and len(set(scanners)) == 300
+    scanners = [scanner_number(0, k, 36) for k in range(300)]
+    assert scanners[5] is scanner_number(0, 5, 36) != scanner_number(1, 5, 36) and len(set(scanners)) == 300
     for scanner in scanners:
-        make_scanner({name: value for name, value in vars(scanner).items()})  # raises where it cannot be
+        make_scanner(vars(scanner))  # raises where it cannot be
     fans = [s for s in scanners if s.beam == "fan"]
     assert 0.7 < len(fans) / 300 < 0.95, "five of six rows"
     ratios = np.array([s.detector_distance_mm / s.source_distance_mm for s in fans])
     rows = np.array([row[1] / row[0] for row in SCANNERS if row[0]])
     assert (np.abs(np.log(ratios[:, None] / rows)).min(1) < 0.21).all() and len(np.unique(ratios.round(1))) > 3
     for s in fans:
-        reach = s.detector_count * s.detector_pitch_mm / 2 - abs(s.detector_offset_mm)
-        circle = 2 * s.source_distance_mm * math.sin(math.atan(reach / (s.source_distance_mm + s.detector_distance_mm)))
-        assert FIELD[0] <= s.field_of_view_mm / circle <= FIELD[1] + 1e-9
+        end = max(-s.ends[0], s.ends[1]) if any(s.padding) else min(-s.ends[0], s.ends[1])
+        circle = 2 * s.source_distance_mm * math.sin(math.atan(end / (s.source_distance_mm + s.detector_distance_mm)))
+        assert 0.99 * FIELD[0] <= s.field_of_view_mm / circle <= 1.01 * FIELD[1]
+        arc = (s.angles[1] - s.angles[0]) * 36
+        assert arc == pytest.approx(360) or 180 + 2 * math.degrees(math.asin(
+            s.field_of_view_mm / 2 / s.source_distance_mm)) - 1e-9 <= arc <= LONGEST
+    shares = [np.mean([s.angles[1] - s.angles[0] < 9.9 for s in fans]), np.mean([any(s.padding) for s in scanners])]
+    np.testing.assert_allclose(shares, [SHORT, HALF], atol=0.07)
+
+
+def test_fbp_of_any_drawn_scan_is_the_image():
+    """Whatever arc, side and beam: many views give back the inner field with the values that it has."""
+    yy, xx = np.mgrid[0:64, 0:64] - 31.5
+    x = torch.tensor(0.2 * (np.hypot(xx - 5, yy + 3) < 20), dtype=torch.float32)[None, None]
+    inside = torch.tensor(np.hypot(xx - 5, yy + 3) < 15)
+    found = [Degradation(scanner_number(0, k, 288))(x, 288)[0, 0][inside] for k in range(24)]
+    assert max((f.mean() - 0.2).abs().item() for f in found) < 0.01 and max(f.std().item() for f in found) < 0.02
 
 
 def test_the_published_scanner_keeps_its_share():
     preset = replace(PRESETS["real"], scanner_share=0.3)
-    drawn = [draw_scanner(np.array([u, v]), preset, 0) for u, v in zip(UNIFORM[::8], UNIFORM[::-8], strict=True)]
+    drawn = [draw_scanner(np.array([0.9, u, v, 0, 0, 0]), preset, 0) for u, v in zip(UNIFORM[::8], UNIFORM[::-8],
+                                                                                      strict=True)]
     assert sum(s == PublishedScanner() for s in drawn) == 700 and len(set(drawn)) > 70
-    assert draw_scanner(np.zeros(2), PRESETS["tiny"], 0) == PublishedScanner()
+    assert {len(s.angles) for s in drawn if s != PublishedScanner()} == {draw_views(0.9, preset)}
+    assert draw_scanner(np.zeros(6), PRESETS["tiny"], 0) == PublishedScanner()
 
 
 def test_a_batch_has_one_scanner_however_it_is_shared_out():
@@ -85,7 +112,7 @@ def test_a_batch_has_one_scanner_however_it_is_shared_out():
     assert whole[0].uniform[0][:11].tolist() == old.random(11).tolist(), "levels are drawn as before there was noise"
 
 
-@pytest.mark.parametrize("scanner", [PublishedScanner(), scanner_number(0, 0)])
+@pytest.mark.parametrize("scanner", [PublishedScanner(), scanner_number(0, 0, 24)])
 def test_a_noisy_measurement_is_the_restore_input_and_what_consistency_fits(scanner):
     x0 = torch.rand(2, 1, 32, 32, generator=torch.Generator().manual_seed(0)) * 0.3
     uniform = [np.array([0.9] + [0.5] * 10 + [0.5, 0.5, quiet, 0.2, 0.5]) for quiet in (0.1, 0.9)]
@@ -95,7 +122,7 @@ def test_a_noisy_measurement_is_the_restore_input_and_what_consistency_fits(scan
     torch.testing.assert_close(chain.x_T[1], clean[1])
     assert (chain.x_T[0] - clean[0]).std() > 3e-3 and torch.equal(chain.x0, x0), "the truth has no noise"
     photons = preset.fewest_photons * (preset.most_photons / preset.fewest_photons) ** 0.2
-    torch.testing.assert_close(network_input(chain, None, preset)[2], torch.tensor([photons, math.inf]))
+    assert network_input(chain, None, preset)[2].tolist() == pytest.approx([photons, math.inf])
     assert len(network_input(chain, None, preset)) == 3
     blind = replace(preset, told_photons=False)
     assert len(network_input(start_chain(chain.part, chain.degrade, blind, "cpu", 5), None, blind)) == 2
