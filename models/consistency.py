@@ -4,7 +4,6 @@ import torch
 from torch_radon.solvers import cgne
 
 from models.degradation import Degradation
-from utils.units import pixel_cm
 
 # When sampling. On validation slices 8 lose 0.1 / 0.3 / 0.6 dB at 18 / 36 / 72 views and 32 gain 0.0 / 0.1 / 0.2.
 ITERATIONS = 16
@@ -16,13 +15,10 @@ def data_consistency(degrade: Degradation, y, iterations: int, photons=None, ele
     y: measured sinograms, (B, 1, n, bins) or a list of (1, n, bins). The correction lies in the range of P_n^T: what
     the measurement does not see stays as the network has it. None for 0 iterations.
     photons, electronic: I0 (inf or None without noise) and electronic noise (counts) of noisy measurements, numbers or
-    one a slice (B,). A slice then stops by the discrepancy principle, where noise alone would leave what is left: as
-    soon as sum r^2/sigma <= sum sigma, r the residual and sigma the deviation of each ray. Dividing by sigma instead of
-    its square keeps the rays through air, where there is nothing to correct, from deciding.
+    tensors, one a slice (B,). A slice then stops by the discrepancy principle, where noise alone would leave what is
+    left: as soon as sum r^2/sigma <= sum sigma, r the residual and sigma the deviation of each ray. Dividing by sigma
+    instead of its square keeps the rays through air, where there is nothing to correct, from deciding.
     """
-    noise = [torch.as_tensor(v, dtype=torch.float32, device=y[0].device).expand(len(y))
-             for v in (() if photons is None else (photons, electronic))]
-
     @torch.no_grad()
     def dc(x0_hat, slices):
         views = [y[i].shape[-2] for i in slices]
@@ -40,9 +36,10 @@ def data_consistency(degrade: Degradation, y, iterations: int, photons=None, ele
         ragged, size = len(set(views)) > 1, x0_hat.shape[-1]
         operator = degrade.operator(size, views if ragged else views[0])
         measured = operator.pad(measured) if ragged else torch.stack(measured)
-        if noise:
-            I0, counts = (torch.stack([v[i] for i in slices]).view(-1, 1, 1, 1) for v in noise)
-            sigma = deviation(measured, I0, pixel_cm(size), counts)
+        if photons is not None:
+            I0, counts = (torch.stack([v[i] for i in slices]).view(-1, 1, 1, 1) if isinstance(v, torch.Tensor) else v
+                          for v in (photons, electronic))
+            sigma = deviation(measured, I0, degrade.scanner.pixel_cm(size), counts)
             there = operator.exists(x0_hat.device)[:, None] if ragged else 1.0
             stop = {"target": (there * sigma).sum((-2, -1), keepdim=True), "target_weights": there / sigma}
         return cgne(operator, x0_hat, measured, max_iter=iterations, **stop)
@@ -68,5 +65,6 @@ def deviation(y: torch.Tensor, photons, pixel_cm: float, electronic=0.0) -> torc
     It is that of I0 exp(-p pixel_cm) counts with electronic noise, over their number and pixel_cm. photons, electronic:
     numbers, or tensors that broadcast to y; without noise photons are inf and the deviation next to nothing.
     """
-    counts = torch.as_tensor(photons).clamp_max(1e30) * torch.exp(-y * pixel_cm)
+    photons = photons.clamp_max(1e30) if isinstance(photons, torch.Tensor) else min(photons, 1e30)
+    counts = photons * torch.exp(-y * pixel_cm)
     return (counts + electronic**2).sqrt() / (counts * pixel_cm)

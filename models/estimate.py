@@ -24,7 +24,7 @@ def denoiser(network, clip: bool = True, precision: str = "fp32", levels: tuple[
     @torch.no_grad()
     def denoise(x_t, n_t):
         t = torch.tensor([condition(n, network.config.conditioning, levels) for n in n_t], device=device)
-        told = (t,) if photons is None else (t, torch.full_like(t, photons))
+        told = (t, torch.full_like(t, photons)) if photons and network.config.told_photons else (t,)
         with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
             parts = zip(*(values.split(together) for values in (x_t, *told)), strict=True)
             x0_hat = torch.cat([network(*part) for part in parts])

@@ -2,9 +2,9 @@
 
 Both have `theta(n)`, the angles of n views, radians; `shares(n)`, the share of the rotation that each view (n,) or ray
 (n, bins) stands for, times n, None where all have the same; `projector(size, theta)` of torch_radon; `resampled(n)`,
-the scanner that has n views; `padded`, the one whose detector FBP needs, and `padding`, the bins that this adds in front
-and behind; `size_of(bins)`, the pixels of a side whose sinogram has so many bins; and `from_zero()`, the scanner that
-ground truths are made with.
+the scanner that has n views; `padded`, the one whose detector FBP needs, and `padding`, the bins that this adds in
+front and behind; `pixel_cm(size)`, by which a sinogram becomes line integrals; `size_of(bins)`, the pixels of a side
+whose sinogram has so many bins; and `from_zero()`, the scanner that ground truths are made with.
 
 A real scanner in pixels of p = field_of_view_mm / size, for torch_radon's equations (torch-radon_fix/README.md):
 
@@ -34,7 +34,7 @@ from torch_radon import Radon, RadonFanbeam
 
 from models.redundancy import ray_coverage, ray_weights, view_shares
 from utils.errors import InputError
-from utils.units import MU_WATER
+from utils.units import MU_WATER, pixel_cm
 
 PUBLISHED = {"size": 256, "source_distance": 1075, "det_distance": 1075, "det_count": 672, "det_spacing": 2}  # pixels
 
@@ -70,6 +70,9 @@ class PublishedScanner:
         bins = 2 * math.ceil(PUBLISHED["det_count"] * f / 2)
         return RadonFanbeam(size, theta, PUBLISHED["source_distance"] * f, PUBLISHED["det_distance"] * f, bins,
                             float(PUBLISHED["det_spacing"]), weights=weights)
+
+    def pixel_cm(self, size: int) -> float:
+        return pixel_cm(size)
 
     def size_of(self, bins: int) -> int:
         return bins * PUBLISHED["size"] // PUBLISHED["det_count"]
@@ -192,6 +195,9 @@ class Scanner:
                 return Radon(size, theta, count, du, det_offset=offset)
             return RadonFanbeam(size, theta, self.source_distance_mm / p, self.detector_distance_mm / p, count, du,
                                 det_offset=offset, weights=weights)
+
+    def pixel_cm(self, size: int) -> float:
+        return self.field_of_view_mm / 10 / size * self.water_per_cm / MU_WATER
 
     def size_of(self, bins: int) -> int:
         return self.size

@@ -25,7 +25,9 @@ from models.drawn import (
 )
 from models.epct import network_input, start_chain
 from models.estimate import denoiser
+from models.evaluation import Noise, simulate_measurement
 from models.presets import PRESETS
+from models.reconstructor import Reconstructor
 from models.scanner import PublishedScanner, make_scanner
 from models.training import Trainer, build
 from models.unet import UNet
@@ -178,3 +180,20 @@ def test_a_run_with_noise_and_scanners_resumes_to_the_bit(data, tmp_path, call):
     resumed = load_checkpoint(tmp_path / "whole" / "checkpoint.safetensors")[0].state_dict()
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
     assert load_checkpoint(tmp_path / "whole" / "checkpoint.safetensors")[0].config.told_photons
+
+
+def test_photons_mean_the_same_noise_in_every_field_of_view():
+    """A field of half the side, or water half as dense, needs four times the photons for the noise of an image."""
+    told = []
+    scan = replace(scanner_number(0, 0, 18), size=32)
+    for scanner in (scan, replace(scan, field_of_view_mm=scan.field_of_view_mm / 2), replace(scan, water_per_cm=0.096)):
+        network = UNet(SMALL.network()).eval()
+        network.forward = lambda x, t, photons: told.append(photons.item()) or x[:, :1]
+        reconstructor = Reconstructor(network, scanner)
+        x0 = torch.full((1, 1, 32, 32), 1e-4)
+        y = simulate_measurement(x0, 18, ["a"], reconstructor.degrade, Noise(1e8))
+        noise = (y - reconstructor.degrade.project(x0, 18)).std().item()
+        reconstructor.run("one-step", y, photons=1e8)
+        assert noise == pytest.approx(1 / math.sqrt(1e8) / scanner.pixel_cm(32), rel=0.1)
+        assert noise == pytest.approx(1 / math.sqrt(told[-1]) / pixel_cm(32), rel=0.1)
+    assert told == pytest.approx([1e8, 0.25e8, 0.25e8])
