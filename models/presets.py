@@ -100,6 +100,8 @@ class Preset:
                              "'18 36 72'")
         if self.residual_channel == "anchored" and self.channels == 1:
             raise InputError("residual_channel anchored needs channels 2")
+        if self.told_photons and not self.noise_share:
+            raise InputError("told_photons needs a noise_share above 0")
         if self.fewest_photons > self.most_photons:
             raise InputError(f"fewest_photons is {self.fewest_photons:g} and most_photons {self.most_photons:g}; "
                              "expected no more than these")
