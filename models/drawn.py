@@ -9,7 +9,7 @@ from torch_radon import transmission_noise
 
 from models.levels import LEVELS
 from models.presets import Preset
-from models.scanner import PublishedScanner, Scanner
+from models.scanner import PublishedScanner, Scanner, merged_bins
 from utils.units import FIELD_CM, pixel_cm
 
 # Lengths in mm: source to axis, axis to detector, detector pitch; and bins. A parallel beam has no source.
@@ -68,8 +68,9 @@ def scanner_number(seed: int, number: int, n_views: int) -> Scanner:
     elif not half:
         arc = 180.0
     angles = (360 * start + arc * np.arange(n_views) / n_views).tolist()
-    return Scanner(tuple(angles), bins, pitch * scale, 10 * FIELD_CM, beam="fan" if source else "parallel",
-                   detector_offset_mm=offset * scale, **beam)
+    scanner = Scanner(tuple(angles), bins, pitch * scale, 10 * FIELD_CM, beam="fan" if source else "parallel",
+                      detector_offset_mm=offset * scale, **beam)
+    return merged_bins(scanner, np.zeros((1, bins)), scanner.size)[0]  # as a measured scan is
 
 
 def _between(ends: tuple[float, float], u: float) -> float:
