@@ -1,8 +1,10 @@
-"""Validation while training: fixed slices, one call and a whole chain, at the three levels that the field reports."""
+"""Validation while training: fixed slices, one call and a whole chain, at the three levels that the field reports,
+and the chain with noise where training has noise."""
 
 import numpy as np
 import torch
 
+from models.evaluation import Noise, simulate_measurement
 from models.graphs import directly
 from models.presets import Preset
 from models.reconstructor import Reconstructor
@@ -11,6 +13,7 @@ from utils.metrics import score
 from utils.units import WINDOWS, window
 
 VIEWS = (18, 36, 72)
+PHOTONS = ("1e5", "1e4")
 
 
 def validate(network, truths: torch.Tensor, preset: Preset, device: str):
@@ -24,14 +27,23 @@ def validate(network, truths: torch.Tensor, preset: Preset, device: str):
     network.eval()
     plain, consistent = (Reconstructor(network, dc=dc, graphs=directly) for dc in (0, preset.dc))
     scores, rows = {}, []
+
+    def note(name, x0_hat, x0):
+        for metric, value in score(x0_hat, x0, *WINDOWS[0]).items():
+            scores.setdefault(f"{name}/{metric}", []).extend(value.tolist())
+
     for n in VIEWS:
         for i in range(0, len(truths), 4):
             x0 = truths[i:i + 4].to(device)
             y = plain.degrade.project(x0, n)
+            for photons in PHOTONS if preset.noise_share else ():
+                names = [str(j) for j in range(i, i + len(x0))]
+                noisy = simulate_measurement(x0, n, names, plain.degrade, Noise(float(photons)))
+                x0_hat, _ = consistent.run(preset.val_sampler, noisy, x0.shape[-1], photons=float(photons))
+                note(f"val{n} {photons} photons/{preset.val_sampler}", x0_hat, x0)
             for name, reconstructor in {"one-step": plain, preset.val_sampler: consistent}.items():
                 x0_hat, _ = reconstructor.run(name, y, x0.shape[-1])
-                for metric, value in score(x0_hat, x0, *WINDOWS[0]).items():
-                    scores.setdefault(f"val{n}/{name}/{metric}", []).extend(value.tolist())
+                note(f"val{n}/{name}", x0_hat, x0)
             if n == VIEWS[0]:
                 mse = (x0_hat - x0).square().mean(dim=(1, 2, 3))
                 scores.setdefault("val18/mse", []).extend(mse.tolist())
