@@ -19,7 +19,8 @@ def denoiser(network, clip: bool = True, precision: str = "fp32", levels: tuple[
     time: its convolutions add in an order that depends on the batch, and a chain magnifies that to 3e-4.
     """
     lowest, highest = (hu_to_mu(hu) for hu in HU_RANGE)
-    device = next(network.parameters()).device
+    weight = next(network.parameters())
+    device = weight.device
     together = 1 if device.type == "cpu" else sys.maxsize
 
     def estimate(x_t, *told):
@@ -32,7 +33,7 @@ def denoiser(network, clip: bool = True, precision: str = "fp32", levels: tuple[
     def denoise(x_t, n_t):
         t = on_device([condition(n, network.config.conditioning, levels) for n in n_t], device)
         told = (t, torch.full_like(t, photons)) if photons and network.config.told_photons else (t,)
-        return graphs((network, clip, precision), estimate, x_t, *told)
+        return graphs((network, weight.data_ptr(), clip, precision), estimate, x_t, *told)
 
     return denoise
 

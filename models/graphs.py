@@ -37,6 +37,9 @@ class Graphs:
         self.buffers = WeakValueDictionary()  # that graphs read their inputs from, common to all: they run in turn
         self.stream = self.pool = None
 
+    def __reduce__(self):
+        return Graphs, (self.kept,)  # a copy, of copied networks, begins anew
+
     def __call__(self, key, function, *inputs: torch.Tensor) -> torch.Tensor:
         if not self.works or not _on_gpu(inputs[0]):
             return function(*inputs)

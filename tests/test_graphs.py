@@ -5,6 +5,7 @@ with kernels and addresses. It also does what a GPU may: before a replay all tha
 overwritten, and memory from outside that has been freed since is an error.
 """
 
+import copy
 import warnings
 import weakref
 from contextlib import contextmanager, nullcontext
@@ -16,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 from torch_radon import solvers
 
+from benchmarks.bench_sampling import PublishedProcedure
 from models import graphs
 from models.degradation import Degradation
 from models.estimate import denoiser
@@ -283,6 +285,22 @@ def test_weights_that_training_changed_are_seen(gpu):
     with torch.no_grad():
         net.conv_out.bias += 0.5
     assert torch.equal(denoise(x, [36, 72]), plain(x, [36, 72])) and gpu[0].replays == 3
+
+
+def test_other_weights_are_another_network(gpu):
+    """In another place: of another type, or a copy's."""
+    r, x = Reconstructor(network(), dc=0), measured(Degradation(), 0)
+    for _ in range(PLAIN_CALLS + 2):
+        r.run("one-step", x, 32)
+    other = copy.deepcopy(r)
+    with torch.no_grad():
+        other.network.conv_out.bias += 0.5
+    assert not torch.equal(other.run("one-step", x, 32)[0], r.run("one-step", x, 32)[0])
+    made = len(gpu)
+    r.network.bfloat16().float()
+    assert torch.equal(r.run("one-step", x, 32)[0], replace(r, graphs=directly).run("one-step", x, 32)[0])
+    assert len(gpu) == made == 1 and gpu[0].replays == 3
+    assert PublishedProcedure(r.network).graphs is directly, "as published: no graphs"
 
 
 def test_caches_may_forget_what_graphs_use(gpu):
