@@ -9,29 +9,31 @@ from models.levels import LEVELS, condition
 from utils.units import HU_RANGE, hu_to_mu
 
 
-def denoiser(network, clip: bool = True, precision: str = "fp32", levels: tuple[int, ...] = LEVELS, graphs=directly):
+def denoiser(network, clip: bool = True, precision: str = "fp32", levels: tuple[int, ...] = LEVELS,
+             photons: float | None = None, graphs=directly):
     """denoise(x_t, n_t): R(x_t, t) for x_t (B, channels, H, H) and a list of view counts.
 
     clip: keep estimates within what HU can be, [-1024, 3071], so that the errors of a long chain do not grow without
-    bound; the published procedure does not. precision: "fp32" or "bf16", the network's arithmetic. graphs: see
-    models/graphs.py. A CPU takes one slice at a time: its convolutions add in an order that depends on the batch, and a
-    chain magnifies that to 3e-4.
+    bound; the published procedure does not. precision: "fp32" or "bf16", the network's arithmetic. photons: I0 of noisy
+    measurements, where known, for a network that is told it. graphs: see models/graphs.py. A CPU takes one slice at a
+    time: its convolutions add in an order that depends on the batch, and a chain magnifies that to 3e-4.
     """
     lowest, highest = (hu_to_mu(hu) for hu in HU_RANGE)
     weight = next(network.parameters())
     device = weight.device
     together = 1 if device.type == "cpu" else sys.maxsize
 
-    def estimate(x_t, t):
+    def estimate(x_t, *told):
         with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
-            parts = zip(x_t.split(together), t.split(together), strict=True)
-            x0_hat = torch.cat([network(x, level) for x, level in parts])
+            parts = zip(*(values.split(together) for values in (x_t, *told)), strict=True)
+            x0_hat = torch.cat([network(*part) for part in parts])
         return x0_hat.clamp(lowest, highest) if clip else x0_hat
 
     @torch.no_grad()
     def denoise(x_t, n_t):
         t = on_device([condition(n, network.config.conditioning, levels) for n in n_t], device)
-        return graphs((network, weight.data_ptr(), clip, precision), estimate, x_t, t)
+        told = (t, torch.full_like(t, photons)) if photons and network.config.told_photons else (t,)
+        return graphs((network, weight.data_ptr(), clip, precision), estimate, x_t, *told)
 
     return denoise
 

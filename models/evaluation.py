@@ -21,7 +21,7 @@ from utils.files import atomic
 from utils.metrics import score
 from utils.progress import Progress
 from utils.results import append
-from utils.units import mu_to_hu, pixel_cm
+from utils.units import mu_to_hu
 
 LOSS_AT_512 = 5.0  # of spdps at 18 views: docs/results/size.json
 
@@ -44,11 +44,11 @@ def simulate_measurement(x0: torch.Tensor, n_views: int, names: list[str], degra
     y = degrade.project(x0, n_views)
     if noise.photons is None:
         return y
-    noisy = []
+    noisy, cm = [], degrade.scanner.pixel_cm(x0.shape[-1])
     for sinogram, name in zip(y.cpu(), names, strict=True):
         digest = hashlib.sha256(f"{noise.seed}/{name}/{n_views}".encode()).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
-        noisy.append(transmission_noise(sinogram, noise.photons, pixel_cm(x0.shape[-1]), noise.electronic, generator))
+        noisy.append(transmission_noise(sinogram, noise.photons, cm, noise.electronic, generator))
     return torch.stack(noisy).to(y.device)
 
 

@@ -28,7 +28,7 @@ from models.unet import UNet, to_bf16
 from models.weights import find_checkpoint
 from utils.device import chosen_device
 from utils.errors import InputError
-from utils.units import hu_to_mu
+from utils.units import FIELD_CM, hu_to_mu
 
 CHOICES = {"protocol": ("cvg", "cvg-official"), "precision": ("fp32", "bf16")}
 
@@ -130,7 +130,10 @@ class Reconstructor:
             return BASELINES[method].run(degrade, y, size, **options), [0] * len(y)
         consistency = data_consistency(degrade, y, self.dc, photons, electronic)
         x_T = degrade.fbp(y, size)
-        denoise = denoiser(self.network, self.protocol == "cvg", self.precision, self.published_levels, self.graphs)
+        # The network knows the noise of the published field of view: so many photons give as much there.
+        told = photons and photons * (self.scanner.pixel_cm(size) * size / FIELD_CM) ** 2
+        denoise = denoiser(self.network, self.protocol == "cvg", self.precision, self.published_levels, told,
+                           self.graphs)
         estimate = Estimate(denoise, degrade, x_T, n, consistency, self.network.config.anchored, callback)
         update, sampler = redegrade if consistency else shift, SAMPLERS[method]
         if sampler.wraps and self.protocol == "cvg-official" and not consistency:

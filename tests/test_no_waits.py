@@ -77,7 +77,8 @@ def test_the_counter_counts(reads):
 
 @pytest.mark.parametrize(("name", "fields"), [
     ("tiny", {"hops": 5, "epct_start": 0}), ("tiny", {"augment": True, "accumulate": 2, "epct_start": 0}),
-    ("paper", {"width": 32, "epct_start": 0}), ("reco", {"width": 32, "epct_start": 0})])
+    ("real", {"noise_share": 1.0, "scanner_share": 0.5}), ("paper", {"width": 32, "epct_start": 0}),
+    ("reco", {"width": 32, "epct_start": 0})])
 def test_a_training_step_with_epct_waits_for_nothing(name, fields, reads):
     preset = replace(PRESETS[name], batch=4, precision="fp32", **fields)
     mu = torch.rand(4, 1, 32, 32) * 0.3
