@@ -104,6 +104,11 @@ class Degradation:
             return _projector(self.scanner, size, n_views)
         return Stack([self.operator(size, n) for n in n_views])
 
+    def _padded(self, size: int, n_views: int | list[int]) -> BaseRadon | Stack:
+        if isinstance(n_views, int):
+            return _padded_projector(self.scanner, size, n_views)
+        return Stack([self._padded(size, n) for n in n_views])
+
     def full(self, x: torch.Tensor) -> torch.Tensor:
         """R(x) = D(x, 720): what counts as ground truth."""
         return Degradation(self.scanner.from_zero(), graphs=self.graphs)(x, FULL_VIEWS)
@@ -120,9 +125,7 @@ class Degradation:
             weights = _together(weights)
 
         def degraded(x, weights=None):
-            operator = (_padded_projector(self.scanner, x.shape[-1], n_views) if isinstance(n_views, int)
-                        else Stack([_padded_projector(self.scanner, x.shape[-1], n) for n in n_views]))
-            return _degrade(operator, x, weights)
+            return _degrade(self._padded(x.shape[-1], n_views), x, weights)
 
         key = "D", self, n_views if isinstance(n_views, int) else tuple(n_views)
         return self.graphs(key, degraded, *((x,) if weights is None else (x, weights)))
@@ -136,7 +139,7 @@ class Degradation:
     def fbp(self, y: torch.Tensor, size: int) -> torch.Tensor:
         """FBP of sinograms (B, 1, n, bins): (B, 1, size, size). D(x, n) = fbp(project(x, n))."""
         scanner, n = self.scanner, y.shape[-2]
-        operator, shares = _padded_projector(scanner, size, n), scanner.shares(n)
+        operator, shares = self._padded(size, n), scanner.shares(n)
         if any(padding := scanner.resampled(n).padding):
             y = torch.nn.functional.pad(y, padding)
         if shares is not None:

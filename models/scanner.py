@@ -2,7 +2,7 @@
 
 Both have `theta(n)`, the angles of n views, radians; `shares(n)`, the share of the rotation that each view (n,) or ray
 (n, bins) stands for, times n, None where all have the same; `projector(size, theta)` of torch_radon; `resampled(n)`,
-the scanner that has n views; `padded`, the one whose detector FBP needs, and `padding`, the bins that this adds in
+the scanner that has n views; `padded`, the one whose detector FBP needs, and `padding`, the bins that it has more in
 front and behind; `pixel_cm(size)`, by which a sinogram becomes line integrals; `size_of(bins)`, the pixels of a side
 whose sinogram has so many bins; and `from_zero()`, the scanner that ground truths are made with.
 
@@ -139,7 +139,8 @@ class Scanner:
         shares = (shares * n_views / scan.arc).astype(np.float32)
         if scan.arc == 180 or not (len(arcs) or any(scan.padding)):
             return shares
-        bins = scan.padded.projector(scan.size, (0.0,)).geometry.bins * scan.field_of_view_mm / scan.size
+        low, high = scan.padded.ends
+        bins = np.arange(low + scan.detector_pitch_mm / 2, high, scan.detector_pitch_mm)
         return (shares[:, None] * ray_weights(scan.coverage(np.array(scan.angles), bins))).astype(np.float32)
 
     def coverage(self, angles: np.ndarray, u: np.ndarray) -> np.ndarray:
@@ -193,7 +194,8 @@ class Scanner:
         p, (count, offset, _) = self.field_of_view_mm / size, _flat_bins(self)
         du, offset = self.detector_pitch_mm / p, (-offset if self.reversed else offset) / p
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message=".*corners")  # a scanner sees a circle, an image is a square
+            # A scanner sees a circle, an image is a square; one with a short side sees the rest from behind.
+            warnings.filterwarnings("ignore", message=".*truncated" if any(self.padding) else ".*corners")
             if self.beam == "parallel":
                 return Radon(size, theta, count, du, det_offset=offset)
             return RadonFanbeam(size, theta, self.source_distance_mm / p, self.detector_distance_mm / p, count, du,
@@ -336,7 +338,7 @@ def scanner_warnings(scanner: Scanner) -> list[str]:
     """What no method can make up for, as sentences that go on from the name of a scan."""
     reach = min(scanner.reach, max(-scanner.ends[0], scanner.ends[1]))
     unseen = (scanner.coverage(np.arange(360.0), np.linspace(-reach, reach, 65)).sum(0) == 0).mean()
-    if unseen < 0.02:
+    if unseen < 0.03:
         return []
     arcs, fan = view_shares(scanner.angles, 360)[1], 0.0
     if scanner.beam == "fan":
