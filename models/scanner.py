@@ -190,7 +190,8 @@ class Scanner:
         p, (count, offset, _) = self.field_of_view_mm / size, _flat_bins(self)
         du, offset = self.detector_pitch_mm / p, (-offset if self.reversed else offset) / p
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message=".*corners")  # a scanner sees a circle, an image is a square
+            # A scanner sees a circle, an image is a square; one with a short side sees the rest from behind.
+            warnings.filterwarnings("ignore", message=".*truncated" if any(self.padding) else ".*corners")
             if self.beam == "parallel":
                 return Radon(size, theta, count, du, det_offset=offset)
             return RadonFanbeam(size, theta, self.source_distance_mm / p, self.detector_distance_mm / p, count, du,
@@ -317,7 +318,7 @@ def scanner_warnings(scanner: Scanner) -> list[str]:
     """What no method can make up for, as sentences that go on from the name of a scan."""
     reach = min(scanner.reach, max(-scanner.ends[0], scanner.ends[1]))
     unseen = (scanner.coverage(np.arange(360.0), np.linspace(-reach, reach, 65)).sum(0) == 0).mean()
-    if unseen < 0.02:
+    if unseen < 0.03:
         return []
     arcs, fan = view_shares(scanner.angles, 360)[1], 0.0
     if scanner.beam == "fan":
