@@ -24,8 +24,13 @@ from pathlib import Path
 import numpy as np
 import pydicom
 
+from datasets.arrays import only_array, read_arrays
+from datasets.counts import line_integrals
 from datasets.series import Refused, refuse_on_error
 
+EXCHANGE = "exchange/data"  # the layout of many beamlines, with data_white, data_dark and theta beside it
+AXES = (["bins", "views"], ["bins", "slices", "views"], ["bins", "rows", "views"])
+LARGEST = 2**28  # values of one sinogram
 FIELDS = {"pitch": 0x70291002, "shape": 0x7029100B, "rows": 0x70291010, "columns": 0x70291011, "angle": 0x70311001,
           "z": 0x70311002, "source": 0x70311003, "span": 0x70311031, "centre": 0x70311033, "water": 0x70411001,
           "shift_angle": 0x7033100B, "shift_radius": 0x7033100D}
@@ -47,33 +52,69 @@ def _dicom_files(path):
     return (file for file in files if file.is_file() and pydicom.misc.is_dicom(file))
 
 
-def read_sinograms(path: Path, dataset: str | None = None):
-    """(line integrals (N, views, bins), geometry fields the file itself tells) of a file or a DICOM-CT-PD folder.
+def read_sinograms(path: Path, dataset: str | None = None, *, axes: str | None = None, angles: str | None = None,
+                   flat: str | None = None, dark: str | None = None):
+    """(line integrals (N, views, bins), geometry fields the file itself tells) of a file or a folder.
 
-    The first is read from the disk slice by slice, as it is indexed. dataset: which one of an HDF5 file; its only one
-    of two or three dimensions if None. Raises Refused.
+    The first is read from the disk slice by slice, as it is indexed. dataset: which array of a file; its only one of
+    two or three dimensions, or exchange/data, if None. axes: what its axes are, such as "views,rows,bins". angles: a
+    file, or an array of this one. flat, dark: numbers, files or arrays of this one; counts are then turned into line
+    integrals. Raises Refused.
     """
-    if path.is_dir() or is_projections(path):
+    if is_projections(path):
         return _read_projections(path)
-    if path.suffix.lower() == ".npy":
-        with refuse_on_error("is no whole .npy array"):
-            array = np.load(path, mmap_mode="r", allow_pickle=False)
-    elif path.suffix.lower() in (".h5", ".hdf5"):
-        import h5py  # only these files need it
-
-        with refuse_on_error("is no whole HDF5 file"):
-            found = {}
-            h5py.File(path).visititems(lambda name, item: found.update({name: item} if hasattr(item, "ndim") else {}))
-        names = [dataset.strip("/")] if dataset else [name for name, item in found.items() if item.ndim in (2, 3)]
-        if len(names) != 1 or names[0] not in found:
-            raise Refused(f"holds the arrays {', '.join(sorted(found)) or '(none)'}; name the sinogram by --dataset")
-        array = found[names[0]]
-    else:
-        raise Refused("is no sinogram this program reads (.npy, .h5, or a folder of DICOM-CT-PD files)")
-    if array.ndim not in (2, 3) or array.dtype.kind not in "iuf" or 0 in array.shape:
+    found = read_arrays(path)
+    names = [dataset.strip("/")] if dataset else [EXCHANGE] if EXCHANGE in found else [
+        name for name, item in found.items() if not name or len(item.shape) < 4 and sum(n > 1 for n in item.shape) > 1]
+    if len(names) != 1 or names[0] not in found:
+        raise Refused(f"holds the arrays {', '.join(sorted(found)) or '(none)'}; name the sinogram by --dataset")
+    array, (name,), told = found[names[0]], names, {}
+    if len(array.shape) not in (2, 3) or array.dtype.kind not in "iuf" or 0 in array.shape:
         raise Refused(f"holds {array.dtype} of shape {array.shape}; expected line integrals, (views, bins) or "
                       "(N, views, bins)")
-    return array if array.ndim == 3 else array[:][None], {}
+    if name == EXCHANGE:  # what lies beside it, unless something else is named
+        angles, flat, dark = (given or (key in found and key) or None for given, key in (
+            (angles, "exchange/theta"), (flat, "exchange/data_white"), (dark, "exchange/data_dark")))
+    axes = axes.split(",") if axes else _usual_axes(array, name)
+    if sorted(axes) not in AXES or len(axes) != len(array.shape):
+        raise Refused(f"has {len(array.shape)} axes, {array.shape}, and they are said to be {','.join(axes)}; expected "
+                      "views and bins, and slices or rows (of a cone beam) where there are three")
+    if "rows" in axes:
+        told["detector_rows"] = array.shape[axes.index("rows")]
+    array = array.ordered(*map(axes.index, sorted(axes, key=("slices", "rows", "views", "bins").index)))
+    lines = array if len(axes) == 3 else array.whole()[None]
+    if lines.shape[1] * lines.shape[2] > LARGEST:
+        raise Refused(f"holds sinograms of {lines.shape[1]} x {lines.shape[2]}; at most 2^28 values are read at once")
+    if dark and not flat:
+        raise Refused("has a dark field and no flat one, which --flat names")
+    if flat:
+        lines, told["photons"] = line_integrals(lines, _beside(found, flat), _beside(found, dark or "0"))
+    if angles:
+        told["angles"] = np.ravel(_beside(found, angles)).astype(float).tolist()
+    return lines, {"detector_count": lines.shape[2]} | told
+
+
+def _usual_axes(array, name: str) -> list[str]:
+    """Of the exchange layout what the file says, or views first; else slices first."""
+    if name != EXCHANGE:
+        return ["slices", "views", "bins"][-len(array.shape):]
+    said = getattr(array.array, "attrs", {}).get("axes", "theta:y:x")
+    said = said.decode("ascii", "replace") if isinstance(said, bytes) else str(said)
+    return [{"theta": "views", "y": "rows", "x": "bins"}.get(axis, axis) for axis in said.split(":")]
+
+
+def _beside(found, given: str) -> np.ndarray:
+    """A number, an array of the same file, or that of another file."""
+    with suppress(ValueError):
+        return np.array(float(given))
+    if given.strip("/") in found:
+        return found[given.strip("/")].whole()
+    if not Path(given).exists():
+        raise Refused(f"holds no array {given}, and there is no file of that name")
+    try:
+        return only_array(Path(given))
+    except Refused as error:
+        raise Refused(f"needs {given}, which {error}") from None
 
 
 @refuse_on_error("cannot be parsed as DICOM; is it damaged?")
