@@ -146,6 +146,8 @@ def write_output(args, job: Job, work: np.ndarray, done: np.ndarray, targets: li
 
     A volume that lacks slices is not written: the problem is given back.
     """
+    if args.format in VOLUMES and targets[0].is_file():  # only the preview was missing
+        return []
     if args.format in VOLUMES and not done.all():
         return [(targets[0].name, "refused", f"is not written, as {(~done).sum()} of {len(done)} slices are missing: "
                  "put them right and repeat the command, or choose --format dicom, which leaves them out")]
@@ -287,8 +289,10 @@ def main(argv=None) -> int:
         if image is not None:
             images[LABELS[method]] = image
     if len(images) == len(outs):
-        fbp = to_hu(makers[method], "fbp", job, np.stack([job.read(shown)[0]]))[0]
-        write_preview(args.out / PREVIEW, {LABELS["fbp"]: fbp} | images,
+        if "fbp" not in outs:
+            fbp = to_hu(makers[method], "fbp", job, np.stack([job.read(shown)[0]]))[0]
+            images = {LABELS["fbp"]: fbp} | images
+        write_preview(args.out / PREVIEW, images,
                       f"slice {shown + 1} of {len(job.names)}, {job.views} views")
     return report(args, job, problems)
 

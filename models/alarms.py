@@ -10,7 +10,7 @@ from models.consistency import relative_residual
 from models.degradation import Degradation
 from models.scanner import Scanner, to_pixels
 from utils.errors import InputError
-from utils.units import HU_RANGE, mu_to_hu
+from utils.units import HU_RANGE, MU_WATER, mu_to_hu
 
 RESIDUAL = 0.03    # good scans leave 0.002 to 0.011, a centre or direction that is wrong 0.08 to 0.1
 HOPELESS = 0.5     # counts, a transposed sinogram
@@ -25,7 +25,8 @@ def check_values(lines: np.ndarray, scanner: Scanner) -> list[str]:
                          "expected finite line integrals")
     low, middle, high = np.percentile(lines, (1, 50, 95))
     falls = np.median(lines[:, [0, -1]]) > 0.9 * high > np.median(lines)  # bright beside the object, dark behind it
-    if middle > 20 or high > 60:
+    denser = max(1, scanner.water_per_cm / MU_WATER)
+    if middle > 20 * denser or high > 60 * denser:
         what = "counts: give --flat (and --dark), a file or the number of counts without the object" if falls else \
             "scaled integers: divide them by their scale"
         raise InputError(f"holds values up to {lines.max():.4g}, half of them above {middle:.3g}; line integrals, "
