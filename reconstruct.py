@@ -60,6 +60,8 @@ def arguments() -> Parser:
                         "an array of INPUT or a number (default: exchange/data_white, else INPUT holds line integrals)")
     parser.add_argument("--dark", metavar="FILE", help="counts without the beam, told as --flat (default: "
                         "exchange/data_dark, else 0)")
+    parser.add_argument("--find-centre", action="store_true", help="look for the detector_offset_mm that fits the "
+                        "measurement best (default: the geometry's)")
     parser.add_argument("--series", type=int, help="which of several series, from 1 (default: the only one)")
     parser.add_argument("--derived", action="store_true", help="DERIVED and SECONDARY images too: reformatted, or made "
                         "by a program (default: left out)")

@@ -1,11 +1,13 @@
 """What tells that a measured scan or its geometry is wrong, each as sentences: InputError for what cannot be right,
 lists of warnings for what may be wrong. A sentence goes on from the name of a slice."""
 
+from contextlib import suppress
 from dataclasses import replace
 
 import numpy as np
 from scipy.ndimage import median_filter
 
+from models.centre import find_centre
 from models.consistency import relative_residual
 from models.degradation import Degradation
 from models.scanner import Scanner, to_pixels
@@ -106,13 +108,16 @@ def check_geometry(lines: np.ndarray, scanner: Scanner, size: int, device: str) 
     left = residual(lines, scanner)
     if max(left**2 - noise(lines) ** 2, 0) ** 0.5 <= RESIDUAL:
         return left, []
-    tried = {f"\"direction\": \"{turned}\"": (lines, replace(scanner, direction=turned))
+    tried = {f'"direction": "{turned}"': (lines, replace(scanner, direction=turned))
              for turned in ("cw", "ccw") if turned != scanner.direction}
     if lines.shape[0] == lines.shape[1]:
         tried["--axes bins,views"] = lines.T, scanner
     others = {name: residual(*one) for name, one in tried.items()}
+    with suppress(InputError):
+        moved, found, _ = find_centre(scanner, lines)
+        others[f'"detector_offset_mm": {moved.detector_offset_mm:.4g} (--find-centre)'] = found
     better = min(others, key=others.get)
-    hint = f"; with {better} it would be {others[better]:.3f}" if others[better] < left / 2 else ""
+    hint = f"; with {better} it would be {others[better]:.1%}" if others[better] < left / 2 else ""
     said = (f"does not fit its geometry: the best image leaves {left:.1%} of the measurement unexplained, where 1% is "
             f"usual{hint}")
     if left > HOPELESS:

@@ -34,7 +34,7 @@ from torch_radon import Radon, RadonFanbeam
 
 from models.redundancy import ray_coverage, ray_weights, view_shares
 from utils.errors import InputError
-from utils.units import MU_WATER
+from utils.units import MU_WATER, pixel_cm
 
 PUBLISHED = {"size": 256, "source_distance": 1075, "det_distance": 1075, "det_count": 672, "det_spacing": 2}  # pixels
 
@@ -73,6 +73,10 @@ class PublishedScanner:
 
     def size_of(self, bins: int) -> int:
         return bins * PUBLISHED["size"] // PUBLISHED["det_count"]
+
+    def pixel_cm(self, size: int) -> float:
+        """What a sinogram's value times is its line integral."""
+        return pixel_cm(size)
 
     def from_zero(self) -> "PublishedScanner":
         return PublishedScanner()
@@ -195,6 +199,10 @@ class Scanner:
 
     def size_of(self, bins: int) -> int:
         return self.size
+
+    def pixel_cm(self, size: int) -> float:
+        """What a sinogram's value times is its line integral."""
+        return self.field_of_view_mm / 10 / size * self.water_per_cm / MU_WATER
 
     def from_zero(self) -> "Scanner":
         return self
@@ -322,8 +330,7 @@ def to_pixels(scanner: Scanner, lines: np.ndarray, size: int) -> torch.Tensor:
         lines = _cubic(lines, position)
     if scanner.reversed:
         lines = lines[..., ::-1]
-    scale = 10 * size / scanner.field_of_view_mm * MU_WATER / scanner.water_per_cm
-    return torch.from_numpy(np.multiply(lines, scale, dtype=np.float32))
+    return torch.from_numpy(np.multiply(lines, 1 / scanner.pixel_cm(size), dtype=np.float32))
 
 
 def _cubic(rows: np.ndarray, position: np.ndarray) -> np.ndarray:

@@ -17,7 +17,7 @@ from datasets.sinograms import is_projections, read_sinograms
 from models.consistency import data_consistency
 from models.degradation import Degradation
 from models.reconstructor import Reconstructor
-from models.scanner import PublishedScanner, make_scanner, read_geometry, to_pixels, view_weights
+from models.scanner import PublishedScanner, make_scanner, read_geometry, to_pixels
 from reconstruct import main
 from utils.errors import InputError
 
