@@ -6,7 +6,7 @@ import numpy as np
 
 from models.consistency import relative_residual
 from models.degradation import Degradation
-from models.scanner import Scanner, to_pixels
+from models.scanner import Scanner, merged_bins, to_pixels
 from utils.errors import InputError
 
 SIZE, VIEWS = 128, 120  # pixels and views at most, while searching
@@ -22,12 +22,14 @@ def find_centre(scanner: Scanner, lines: np.ndarray, callback=None) -> tuple[Sca
     offset is at the end of the range.
     """
     few, chosen = scanner.thinned(min(VIEWS, len(scanner.angles)))
-    lines, few = np.asarray(lines)[chosen], replace(few, size=min(SIZE, scanner.size))
+    size = min(SIZE, scanner.size)
+    few, lines = merged_bins(replace(few, size=size), np.asarray(lines)[chosen], size)
+    dropped = few.detector_offset_mm - scanner.detector_offset_mm  # of the middle, where not all bins are merged
 
     def residual(offset: float) -> float:
-        moved = replace(few, detector_offset_mm=offset)
-        y = to_pixels(moved, lines, few.size)[None, None]
-        value = relative_residual(Degradation(moved), y, few.size).item()
+        moved = replace(few, detector_offset_mm=offset + dropped)
+        y = to_pixels(moved, lines, size)[None, None]
+        value = relative_residual(Degradation(moved), y, size).item()
         if callback:
             callback(offset, value)
         return value

@@ -191,7 +191,8 @@ class Scanner:
         p, (count, offset, _) = self.field_of_view_mm / size, _flat_bins(self)
         du, offset = self.detector_pitch_mm / p, (-offset if self.reversed else offset) / p
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message=".*corners")  # a scanner sees a circle, an image is a square
+            # A scanner sees a circle, an image is a square; one with a short side sees the rest from behind.
+            warnings.filterwarnings("ignore", message=".*truncated" if any(self.padding) else ".*corners")
             if self.beam == "parallel":
                 return Radon(size, theta, count, du, det_offset=offset)
             return RadonFanbeam(size, theta, self.source_distance_mm / p, self.detector_distance_mm / p, count, du,
@@ -294,6 +295,41 @@ def _angles(found) -> tuple[float, ...]:
     if not isinstance(found, list | tuple) or not found:
         raise InputError("The geometry's angles are no list; expected degrees, one a view, or start, step and count")
     return tuple(_checked("angles", value, float) for value in found)
+
+
+def merged_bins(scanner: Scanner, lines: np.ndarray, size: int) -> tuple[Scanner, np.ndarray]:
+    """Scanner and lines (..., views, bins) with the means of neighbouring bins where they are finer than pixels.
+
+    As many are merged as are at most a pixel wide on the axis, of `size` pixels a side. An image cannot show what finer
+    bins add, and what their ramp filter adds are streaks. Bins left over at the end are dropped.
+    """
+    S, R = scanner.source_distance_mm, scanner.source_distance_mm + scanner.detector_distance_mm
+    on_axis = scanner.detector_pitch_mm * (S / R if scanner.beam == "fan" else 1)
+    k = math.floor(scanner.field_of_view_mm / size / on_axis + 0.1)
+    count = scanner.detector_count // max(k, 1)
+    if k < 2 or count < 2:
+        return scanner, lines
+    shift = (count * k - scanner.detector_count) / 2 * scanner.detector_pitch_mm
+    scanner = replace(scanner, detector_count=count, detector_pitch_mm=k * scanner.detector_pitch_mm,
+                      detector_offset_mm=scanner.detector_offset_mm + shift)
+    lines = np.asarray(lines, np.float32)[..., :count * k]
+    return scanner, lines.reshape(*lines.shape[:-1], count, k).mean(-1)
+
+
+def scanner_warnings(scanner: Scanner) -> list[str]:
+    """What no method can make up for, as sentences that go on from the name of a scan."""
+    reach = min(scanner.reach, max(-scanner.ends[0], scanner.ends[1]))
+    unseen = (scanner.coverage(np.arange(360.0), np.linspace(-reach, reach, 65)).sum(0) == 0).mean()
+    if unseen < 0.03:
+        return []
+    arcs, fan = view_shares(scanner.angles, 360)[1], 0.0
+    if scanner.beam == "fan":
+        fan = 2 * math.degrees(math.asin(scanner.field_of_view_mm / 2 / scanner.source_distance_mm))
+    needed = "360 are needed, as its detector sees only one side" if any(scanner.padding) else (
+        f"{180 + fan:.0f} in one piece are needed")
+    return [f"leaves {unseen:.0%} of the lines through the field of view unmeasured: its views cover "
+            f"{arcs[:, 1].sum() if len(arcs) else 360:.0f} degrees, and {needed}. Edges along those lines are not in "
+            "the data; methods with data consistency do better than fbp"]
 
 
 def _flat_bins(scanner: Scanner) -> tuple[int, float, np.ndarray | None]:
