@@ -1,8 +1,10 @@
 """Scanners: the published one in pixels, and any real one in mm and degrees.
 
-Both have `theta(n)`, the angles of n views, radians; `shares(n)`, the share of the rotation that each view stands for,
-times n, None where all have the same; `projector(size, theta)` of torch_radon; `size_of(bins)`, the pixels of a side
-whose sinogram has so many bins; and `from_zero()`, the scanner that ground truths are made with.
+Both have `theta(n)`, the angles of n views, radians; `shares(n)`, the share of the rotation that each view (n,) or ray
+(n, bins) stands for, times n, None where all have the same; `projector(size, theta)` of torch_radon; `resampled(n)`,
+the scanner that has n views; `padded`, the one whose detector FBP needs, and `padding`, the bins that this adds in front
+and behind; `size_of(bins)`, the pixels of a side whose sinogram has so many bins; and `from_zero()`, the scanner that
+ground truths are made with.
 
 A real scanner in pixels of p = field_of_view_mm / size, for torch_radon's equations (torch-radon_fix/README.md):
 
@@ -30,6 +32,7 @@ import torch
 import yaml
 from torch_radon import Radon, RadonFanbeam
 
+from models.redundancy import ray_coverage, ray_weights, view_shares
 from utils.errors import InputError
 from utils.units import MU_WATER
 
@@ -43,6 +46,14 @@ class PublishedScanner:
     """CvG-Diff's fan beam with n equally spaced views. Other sizes than 256 keep the field of view."""
 
     start: float = 0.0  # angle of the first view, radians
+    padding = 0, 0
+
+    @property
+    def padded(self) -> "PublishedScanner":
+        return self
+
+    def resampled(self, n_views: int) -> "PublishedScanner":
+        return self
 
     @cached
     def theta(self, n_views: int) -> tuple[float, ...]:
@@ -94,27 +105,81 @@ class Scanner:
 
     @property
     def arc(self) -> float:
-        """Degrees after which the lines repeat: a rotation, or half of one for a parallel beam."""
-        return 360.0 if self.beam == "fan" else 180.0
+        """Degrees after which the lines repeat: a rotation, or half of one for a whole detector in a parallel beam."""
+        return 360.0 if self.beam == "fan" or any(self.padding) else 180.0
 
     @property
     def reversed(self) -> bool:
         """Whether bins reach the projector in reversed order."""
         return self.flip_detector != (self.flip_image != "none")
 
+    @property
+    def turn(self) -> int:
+        """1 where the projector's angles grow with the scanner's, else -1."""
+        return (1 if self.direction == "ccw" else -1) * (1 if self.flip_image == "none" else -1)
+
     @cached
     def theta(self, n_views: int) -> tuple[float, ...]:
         """The angles of `resampled`."""
-        sign = 1 if self.direction == "ccw" else -1
-        theta = sign * (np.array(self.resampled(n_views).angles) + self.angle_offset)
-        if self.flip_image != "none":
-            theta = (0 if self.flip_image == "left-right" else 180) - theta
+        theta = self.turn * (np.array(self.resampled(n_views).angles) + self.angle_offset)
+        theta += 180 * (self.flip_image == "up-down")
         return tuple(np.radians(np.mod(theta, 360)).tolist())  # small angles keep their digits in float32
 
     @cached
-    def shares(self, n_views: int) -> tuple[float, ...]:
-        """`view_weights` of the same views."""
-        return tuple(view_weights(self.resampled(n_views)).tolist())
+    def shares(self, n_views: int) -> np.ndarray:
+        """Of the views of `resampled`, or of its rays where they do not make a whole rotation on a whole detector."""
+        scan = self.resampled(n_views)
+        shares, arcs = view_shares(scan.angles, scan.arc)
+        shares = (shares * n_views / scan.arc).astype(np.float32)
+        if scan.arc == 180 or not (len(arcs) or any(scan.padding)):
+            return shares
+        bins = scan.padded.projector(scan.size, (0.0,)).geometry.bins * scan.field_of_view_mm / scan.size
+        return (shares[:, None] * ray_weights(scan.coverage(np.array(scan.angles), bins))).astype(np.float32)
+
+    def coverage(self, angles: np.ndarray, u: np.ndarray) -> np.ndarray:
+        """`ray_coverage` of views at these degrees and flat bins at these mm, as the projector has them."""
+        arcs, R = view_shares(self.angles, 360)[1], self.source_distance_mm + self.detector_distance_mm
+        gamma = self.turn * np.degrees(np.arctan(u / R)) if self.beam == "fan" else 0 * u
+        return ray_coverage(angles, gamma, u, arcs, self.ends if any(self.padding) else None)
+
+    @property
+    def ends(self) -> tuple[float, float]:
+        """Where the flat detector begins and ends, mm from the axis, as the projector has its bins."""
+        count, offset, _ = _flat_bins(self)
+        offset = -offset if self.reversed else offset
+        return offset - count * self.detector_pitch_mm / 2, offset + count * self.detector_pitch_mm / 2
+
+    @property
+    def reach(self) -> float:
+        """Where the outermost rays through the field of view meet the detector, mm from the axis."""
+        r, S = self.field_of_view_mm / 2, self.source_distance_mm
+        return r if self.beam == "parallel" else r * (S + self.detector_distance_mm) / math.sqrt(S**2 - r**2)
+
+    @property
+    @cached
+    def padding(self) -> tuple[int, int]:
+        """Bins without measurement that bring the short side of the flat detector to the length of the long one.
+
+        None where the short side sees the whole field of view, or is less than a bin shorter.
+        """
+        low, high = self.ends
+        short, long = sorted((-low, high))
+        if long - short <= self.detector_pitch_mm or short >= self.reach:
+            return 0, 0
+        missing = math.ceil((min(long, self.reach + self.detector_pitch_mm) - short) / self.detector_pitch_mm)
+        return (missing, 0) if high > -low else (0, missing)
+
+    @property
+    @cached
+    def padded(self) -> "Scanner":
+        """The scanner with these bins. What the ramp filter spreads into them belongs to the image."""
+        if not any(self.padding):
+            return self
+        count, offset, _ = _flat_bins(self)
+        before, after = self.padding
+        shift = (after - before) * self.detector_pitch_mm / 2
+        return replace(self, detector_shape="flat", detector_count=count + before + after,
+                       detector_offset_mm=offset + (-shift if self.reversed else shift))
 
     @cached
     def projector(self, size: int, theta: tuple[float, ...], weights: str = "fdk") -> Radon | RadonFanbeam:
@@ -138,17 +203,21 @@ class Scanner:
         """The scan of `n_views` of the views, spread evenly, and their indices."""
         if not 1 <= n_views <= len(self.angles):
             raise InputError(f"--views {n_views}: the sinogram holds {len(self.angles)} views; expected at most these.")
-        chosen = np.arange(n_views) * len(self.angles) // n_views
+        steps = np.sign(np.diff(self.angles))
+        order = np.arange(len(self.angles)) if abs(steps.sum()) == len(steps) else np.argsort(self.angles)
+        chosen = np.sort(order[np.arange(n_views) * len(self.angles) // n_views])
         return replace(self, angles=tuple(self.angles[i] for i in chosen)), chosen
 
+    @cached
     def resampled(self, n_views: int) -> "Scanner":
         """The scanner with `n_views` views: its own where they are as many, with even steps between neighbours where
-        they are a multiple, else equally spaced from the first angle on."""
+        they are a multiple and make a rotation, else equally spaced from the first angle on, with a whole detector."""
         if n_views == len(self.angles):
             return self
         factor, rest = divmod(n_views, len(self.angles))
-        if rest or not factor:
-            return replace(self, angles=tuple(self.angles[0] + self.arc * np.arange(n_views) / n_views))
+        if rest or not factor or any(self.padding) or len(view_shares(self.angles, self.arc)[1]):
+            scan = self.padded
+            return replace(scan, angles=tuple(self.angles[0] + scan.arc * np.arange(n_views) / n_views))
         own = np.sort(np.mod(self.angles, self.arc))
         steps = np.diff(own, append=own[0] + self.arc)[:, None] * np.arange(factor) / factor
         return replace(self, angles=tuple((own[:, None] + steps).ravel()))
@@ -188,7 +257,9 @@ def make_scanner(found: dict) -> Scanner:
                          f"whose corners are {corners:.0f} mm from the axis")
     if scanner.detector_distance_mm < 0 or (scanner.beam == "parallel" and scanner.detector_shape == "curved"):
         raise InputError("The geometry has a detector_distance_mm below 0, or a curved detector in a parallel beam")
-    view_weights(scanner)
+    if min(-scanner.ends[0], scanner.ends[1]) <= 0:
+        raise InputError(f"The geometry's detector_offset_mm {scanner.detector_offset_mm:g} puts the axis of rotation "
+                         f"beside the detector, which reaches from {scanner.ends[0]:.4g} to {scanner.ends[1]:.4g} mm")
     return scanner
 
 
@@ -215,21 +286,6 @@ def _angles(found) -> tuple[float, ...]:
     if not isinstance(found, list | tuple) or not found:
         raise InputError("The geometry's angles are no list; expected degrees, one a view, or start, step and count")
     return tuple(_checked("angles", value, float) for value in found)
-
-
-def view_weights(scanner: Scanner) -> np.ndarray:
-    """Share of the rotation that each view stands for, times their number: (views,) float32, all 1 if equally spaced.
-
-    A rotation that was measured twice counts half each time. Raises InputError where a part of it is missing.
-    """
-    angles = np.mod(np.array(scanner.angles), scanner.arc)
-    places, index, count = np.unique(angles.round(3) % scanner.arc, return_inverse=True, return_counts=True)
-    gaps = np.diff(places, append=places[0] + scanner.arc)
-    if gaps.max() > 3 * np.median(gaps) + 1e-3:
-        raise InputError(f"The views leave a gap of {gaps.max():.1f} degrees where {np.median(gaps):.3g} is usual; a "
-                         f"rotation of {scanner.arc:g} degrees is expected (short scans are not supported)")
-    share = (gaps + np.roll(gaps, 1)) / 2 / count
-    return (share[index] * len(angles) / scanner.arc).astype(np.float32)
 
 
 def _flat_bins(scanner: Scanner) -> tuple[int, float, np.ndarray | None]:
