@@ -85,7 +85,7 @@ def rms(values):
 
 @pytest.mark.parametrize("pitch", [0.6, 1.0])
 def test_the_image_is_that_of_an_ideal_fan_beam(monkeypatch, pitch):
-    scan = helix(feed=pitch * 16 * 3 * 0.55)
+    scan = helix(feed=pitch * 16 * 3 * 0.55, columns=128, turn=120)
     in_memory(monkeypatch, measure(scan))
     lines = Rebinned(scan, spacing=4.0)
     scanner = make_scanner({**lines.geometry(), "size": SIZE})
@@ -97,22 +97,23 @@ def test_the_image_is_that_of_an_ideal_fan_beam(monkeypatch, pitch):
     assert len(lines) > 5 and (np.diff(lines.heights) == 4).all()
     for i in (1, len(lines) // 2, -2):
         z = float(lines.heights[i])
-        assert error(lines[i], z) < 1.15 * error(plane(scan, z, 144), z)
+        assert error(lines[i], z) < 1.15 * error(plane(scan, z, 120), z)
 
 
 SPOTS = {"angle": ((0.003, 0, 0), (-0.003, 0, 0)), "height and radius": ((0, 1.5, -5), (0, -1.5, 5)),
          "all": ((0.002, 1, -3), (-0.002, 1, -3), (0.002, -1, 3), (-0.002, -1, 3))}
 
 
-@pytest.mark.parametrize("name", SPOTS)
-def test_a_flying_focal_spot_is_corrected(monkeypatch, name):
-    scan = helix(SPOTS[name], turns=2, columns=448, turn=720, rows=8, feed=12)
+@pytest.mark.parametrize("name, most", [("angle", 1 / 3), ("height and radius", 0.5), ("all", 0.5)])
+def test_a_flying_focal_spot_is_corrected(monkeypatch, name, most):
+    """What is left is mostly what few columns leave at edges, where two states' columns lie at one place."""
+    scan = helix(SPOTS[name], turns=1.5, columns=448, turn=720, rows=8, feed=12)
     in_memory(monkeypatch, measure(scan))
     ideal = plane(scan, 0.0, 720)
     still = replace(scan, states=np.zeros((1, 3)), state=0 * scan.state)
     corrected, ignored = (rms((one := Rebinned(case, 3.0))[list(one.heights).index(0)] - ideal)
                           for case in (scan, still))
-    assert corrected < 0.4 * ignored
+    assert corrected < most * ignored
 
 
 def test_planes_come_in_any_order(monkeypatch):
@@ -193,7 +194,8 @@ def test_files_say_the_scan(tmp_path, small, swap, frames):
     np.testing.assert_allclose(found.states[found.state], scan.states[scan.state[:140]], atol=1e-6)
     np.testing.assert_allclose(found.view(33), views[33], atol=views.max() / 1e5)
     np.testing.assert_allclose(found.photons, 1000 + np.arange(96))
-    assert "1 DICOM files beside" in found.notes[0] and "7033,100" in found.notes[1] and "although" not in found.notes[1]
+    others, shifts = found.notes
+    assert "1 DICOM files beside" in others and "7033,100" in shifts and "although" not in shifts
     assert found.geometry()["photons"] == pytest.approx(1047.5)
 
 
@@ -241,7 +243,8 @@ def test_the_shifts_of_the_spot():
 
 # What a patient's left and front are as seen from the table, from where a supine one lies to decubitus: (x, y).
 LEFT_FRONT = {"HFS": ((1, 0), (0, 1)), "FFS": ((-1, 0), (0, 1)), "HFP": ((-1, 0), (0, -1)), "FFP": ((1, 0), (0, -1)),
-              "HFDR": ((0, 1), (-1, 0)), "HFDL": ((0, -1), (1, 0)), "FFDR": ((0, 1), (1, 0)), "FFDL": ((0, -1), (-1, 0))}
+              "HFDR": ((0, 1), (-1, 0)), "HFDL": ((0, -1), (1, 0)), "FFDR": ((0, 1), (1, 0)),
+              "FFDL": ((0, -1), (-1, 0))}
 
 
 def as_displayed(seen, position):
@@ -266,3 +269,82 @@ def test_the_image_lies_as_the_patient_did(monkeypatch, small, position):
     assert min(errors, key=errors.get) == position and errors[position] < 0.6 * sorted(errors.values())[1]
     towards_head = np.diff(lines.heights)[0] > 0
     assert towards_head == position.startswith("HF"), "slices run from feet to head"
+
+
+def written(folder):
+    return [pydicom.dcmread(path) for path in sorted(folder.glob("slice_*.dcm"))]
+
+
+@pytest.fixture(scope="module")
+def patient(tmp_path_factory):
+    """A head-first and a feet-first scan of one body, as the same patient has them: (folder, its truth by height)."""
+    scan = helix(SPOTS["all"], turns=1.8, columns=128, turn=128, rows=8, feed=12)
+    views, folder = measure(scan), tmp_path_factory.mktemp("patient")
+    write(folder / "HFS", scan, views)
+    write(folder / "FFS", replace(scan, position="FFS"), views)
+    write(folder / "unknown", scan, views, skip=("position",))
+    return folder
+
+
+@pytest.mark.parametrize("position", ["HFS", "FFS"])
+def test_from_projections_to_dicom(tmp_path, patient, position):
+    """The whole chain: files, rebinned, 36 views reconstructed, DICOM with left, front and head where they are."""
+    assert main([str(patient / position), "--out", str(tmp_path / "fan"), "--spacing", "2", "--size", str(SIZE)]) == 0
+    assert reconstruct([str(tmp_path / "fan"), "--views", "36", "--dc", "4", "--out", str(tmp_path / "dicom")]) == 0
+    slices = written(tmp_path / "dicom")
+    heights = [float(one.ImagePositionPatient[2]) for one in slices]
+    assert heights == sorted(heights) and np.diff(heights).tolist() == [2.0] * (len(slices) - 1)
+    middle = slices[len(slices) // 2]
+    assert middle.PatientPosition == position and list(middle.ImageOrientationPatient) == [1, 0, 0, 0, 1, 0]
+    hu = middle.pixel_array.astype(float) - 1024
+    height = heights[len(slices) // 2] * (1 if position == "HFS" else -1)
+    want = as_displayed(truth(height), position)
+    assert rms(hu - want) < 130 < rms(hu - want[:, ::-1]) and rms(hu - want[::-1]) > 130
+
+
+def test_a_folder_of_projections_is_rebinned_by_itself(tmp_path, patient):
+    argv = [str(patient / "unknown"), "--method", "fbp", "--size", str(SIZE), "--views", "64", "--out"]
+    done = run("reconstruct.py", *argv, tmp_path / "a", check=False)
+    assert done.returncode == 1 and "--position" in done.stderr and "Traceback" not in done.stderr
+    assert reconstruct([*argv, str(tmp_path / "b"), "--position", "FFS"]) == 0
+    assert {one.PatientPosition for one in written(tmp_path / "b")} == {"FFS"}
+
+
+def test_a_stopped_run_goes_on(tmp_path, patient, monkeypatch, capsys):
+    argv = [str(patient / "HFS"), "--spacing", "2", "--views", "32", "--out"]
+    assert main([*argv, str(tmp_path / "whole")]) == 0
+    made, item = [], Rebinned.__getitem__
+
+    def stop(lines, i):
+        if len(made) == 2:
+            raise KeyboardInterrupt
+        made.append(i)
+        return item(lines, i)
+
+    monkeypatch.setattr(Rebinned, "__getitem__", stop)
+    with pytest.raises(SystemExit) as stopped:
+        main([*argv, str(tmp_path / "half")])
+    assert stopped.value.code == 130
+    with open(tmp_path / "half" / ".sinograms.npy", "ab") as file:
+        file.write(b"part of a slice")
+    monkeypatch.setattr(Rebinned, "__getitem__", lambda lines, i: made.append(i) or item(lines, i))
+    assert main([*argv, str(tmp_path / "half")]) == 0
+    whole, half = (np.load(tmp_path / name / "sinograms.npy") for name in ("whole", "half"))
+    np.testing.assert_array_equal(half, whole)
+    assert made == list(range(len(whole))), "nothing was done twice"
+    with pytest.raises(SystemExit):
+        main([*argv[:-2], "48", "--out", str(tmp_path / "half")])
+    assert "another geometry" in capsys.readouterr().err
+
+
+def test_truth_for_evaluation(tmp_path, patient):
+    """test_img holds the FBP of all views, HU, which a manifest ties to the sinograms."""
+    out = tmp_path / "fan"
+    argv = [str(patient / "FFS"), "--spacing", "4", "--truth", "--size", str(SIZE), "--out", str(out)]
+    assert main(argv) == 0
+    files, geometry = sorted((out / "test_img").glob("*.npy")), json.loads((out / "geometry.json").read_text())
+    lines = np.load(out / "sinograms.npy")
+    assert len(files) == len(lines) and (out / "test_img/manifest.csv").read_text().count("FBP") == len(files)
+    want = as_displayed(truth(-geometry["first_slice_mm"]), "FFS")
+    assert rms(np.load(files[0]) - want) < 80
+    np.testing.assert_allclose(np.load(out / "photons.npy"), 1000 + np.arange(128))
