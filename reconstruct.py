@@ -63,6 +63,8 @@ def arguments() -> Parser:
                         "exchange/data_dark, else 0)")
     parser.add_argument("--position", choices=POSITIONS, help="how the patient of DICOM-CT-PD projections lay, where "
                         "they do not say (default: their PatientPosition)")
+    parser.add_argument("--find-centre", action="store_true", help="look for the detector_offset_mm that fits the "
+                        "measurement best (default: the geometry's)")
     parser.add_argument("--series", type=int, help="which of several series, from 1 (default: the only one)")
     parser.add_argument("--derived", action="store_true", help="DERIVED and SECONDARY images too: reformatted, or made "
                         "by a program (default: left out)")
@@ -149,6 +151,8 @@ def write_output(args, job: Job, work: np.ndarray, done: np.ndarray, targets: li
 
     A volume that lacks slices is not written: the problem is given back.
     """
+    if args.format in VOLUMES and targets[0].is_file():  # only the preview was missing
+        return []
     if args.format in VOLUMES and not done.all():
         return [(targets[0].name, "refused", f"is not written, as {(~done).sum()} of {len(done)} slices are missing: "
                  "put them right and repeat the command, or choose --format dicom, which leaves them out")]
@@ -291,8 +295,10 @@ def main(argv=None) -> int:
         if image is not None:
             images[LABELS[method]] = image
     if len(images) == len(outs):
-        fbp = to_hu(makers[method], "fbp", job, np.stack([job.read(shown)[0]]))[0]
-        write_preview(args.out / PREVIEW, {LABELS["fbp"]: fbp} | images,
+        if "fbp" not in outs:
+            fbp = to_hu(makers[method], "fbp", job, np.stack([job.read(shown)[0]]))[0]
+            images = {LABELS["fbp"]: fbp} | images
+        write_preview(args.out / PREVIEW, images,
                       f"slice {shown + 1} of {len(job.names)}, {job.views} views")
     return report(args, job, problems)
 

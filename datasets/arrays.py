@@ -80,7 +80,7 @@ def read_arrays(path: Path) -> dict[str, Stack]:
         if hdf5 and kind == ".mat":  # MATLAB counts axes from the other end
             return {name: Stack(array, tuple(range(array.ndim))[::-1]) for name, array in found.items()}
     else:
-        raise Refused(f"holds no arrays that this program reads ({KINDS}, or a folder of TIFF images)")
+        raise Refused(f"is no sinogram that this program reads ({KINDS}, or a folder of these)")
     return {name: Stack(array, tuple(range(array.ndim))) for name, array in found.items()}
 
 

@@ -1,16 +1,18 @@
 """What tells that a measured scan or its geometry is wrong, each as sentences: InputError for what cannot be right,
 lists of warnings for what may be wrong. A sentence goes on from the name of a slice."""
 
+from contextlib import suppress
 from dataclasses import replace
 
 import numpy as np
 from scipy.ndimage import median_filter
 
+from models.centre import find_centre
 from models.consistency import relative_residual
 from models.degradation import Degradation
 from models.scanner import Scanner, to_pixels
 from utils.errors import InputError
-from utils.units import HU_RANGE, mu_to_hu
+from utils.units import HU_RANGE, MU_WATER, mu_to_hu
 
 RESIDUAL = 0.03    # good scans leave 0.002 to 0.011, a centre or direction that is wrong 0.08 to 0.1
 HOPELESS = 0.5     # counts, a transposed sinogram
@@ -25,7 +27,8 @@ def check_values(lines: np.ndarray, scanner: Scanner) -> list[str]:
                          "expected finite line integrals")
     low, middle, high = np.percentile(lines, (1, 50, 95))
     falls = np.median(lines[:, [0, -1]]) > 0.9 * high > np.median(lines)  # bright beside the object, dark behind it
-    if middle > 20 or high > 60:
+    denser = max(1, scanner.water_per_cm / MU_WATER)
+    if middle > 20 * denser or high > 60 * denser:
         what = "counts: give --flat (and --dark), a file or the number of counts without the object" if falls else \
             "scaled integers: divide them by their scale"
         raise InputError(f"holds values up to {lines.max():.4g}, half of them above {middle:.3g}; line integrals, "
@@ -105,13 +108,16 @@ def check_geometry(lines: np.ndarray, scanner: Scanner, size: int, device: str) 
     left = residual(lines, scanner)
     if max(left**2 - noise(lines) ** 2, 0) ** 0.5 <= RESIDUAL:
         return left, []
-    tried = {f"\"direction\": \"{turned}\"": (lines, replace(scanner, direction=turned))
+    tried = {f'"direction": "{turned}"': (lines, replace(scanner, direction=turned))
              for turned in ("cw", "ccw") if turned != scanner.direction}
     if lines.shape[0] == lines.shape[1]:
         tried["--axes bins,views"] = lines.T, scanner
     others = {name: residual(*one) for name, one in tried.items()}
+    with suppress(InputError):
+        moved, found, _ = find_centre(scanner, lines)
+        others[f'"detector_offset_mm": {moved.detector_offset_mm:.4g} (--find-centre)'] = found
     better = min(others, key=others.get)
-    hint = f"; with {better} it would be {others[better]:.3f}" if others[better] < left / 2 else ""
+    hint = f"; with {better} it would be {others[better]:.1%}" if others[better] < left / 2 else ""
     said = (f"does not fit its geometry: the best image leaves {left:.1%} of the measurement unexplained, where 1% is "
             f"usual{hint}")
     if left > HOPELESS:

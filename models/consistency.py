@@ -4,7 +4,6 @@ import torch
 from torch_radon.solvers import cgne
 
 from models.degradation import Degradation
-from utils.units import pixel_cm
 
 # When sampling. On validation slices 8 lose 0.1 / 0.3 / 0.6 dB at 18 / 36 / 72 views and 32 gain 0.0 / 0.1 / 0.2.
 ITERATIONS = 16
@@ -37,7 +36,7 @@ def data_consistency(degrade: Degradation, y, iterations: int, photons: float | 
         operator = degrade.operator(size, views if ragged else views[0])
         measured = operator.pad(measured) if ragged else torch.stack(measured)
         if photons:
-            sigma = deviation(measured, photons, pixel_cm(size), electronic)
+            sigma = deviation(measured, photons, degrade.scanner.pixel_cm(size), electronic)
             there = operator.exists(x0_hat.device)[:, None] if ragged else 1.0
             noise = {"target": (there * sigma).sum((-2, -1), keepdim=True), "target_weights": there / sigma}
         return cgne(operator, x0_hat, measured, max_iter=iterations, **noise)

@@ -183,9 +183,10 @@ def evaluate(args, reconstructor: Reconstructor, noise: Noise | Measured, mu: to
                     {"file": name, "patient": patients[i + j], "method": method, "views": n, "nfe": calls[j],
                      "seconds_per_slice": f"{seconds:.5f}", "peak_gib": f"{gib:.3f}"} for j, name in enumerate(batch)])
                 append(args.out, rank, rows)
-                with writing(args.out), open(args.out / HELD_OUT, "a", encoding="utf-8") as file:
-                    file.writelines(f"{name},{method},{n},{left:.5f}\n" for name, left in zip(
-                        batch, noise.held_out(x0_hat, batch, n), strict=False))
+                if left := noise.held_out(x0_hat, batch, n):
+                    lines = [f"{name},{method},{n},{one:.5f}\n" for name, one in zip(batch, left, strict=True)]
+                    with writing(args.out), open(args.out / HELD_OUT, "a", encoding="utf-8") as file:
+                        file.writelines(lines)
                 bar.set_postfix(dB=f"{float(rows[0]['psnr']):.1f}", refresh=False)
 
 

@@ -106,6 +106,8 @@ def measured(args) -> Job:
         return row, [*filter(None, [filled]), *alarms.check_values(row, whole)]
 
     middle, row = first_readable(values, names)
+    if args.find_centre:
+        whole = centred_scanner(whole, row)
     scanner, chosen = whole.thinned(len(whole.angles) if args.views is None else args.views)
     size = args.size or scanner.size
     residual, said = named(names[middle], alarms.check_scan, row, whole, size, device)
@@ -134,6 +136,16 @@ def measured(args) -> Job:
                                                     args.dark, photons)))]),
         checks={"residual": round(residual, 4), "alarms": said},
     )
+
+
+def centred_scanner(scanner, lines: np.ndarray):
+    """The scanner with the detector_offset_mm that fits best, which is printed."""
+    from models.centre import find_centre
+
+    found, best, before = find_centre(scanner, lines)
+    print(f"The centre: detector_offset_mm {found.detector_offset_mm:.4g} leaves {best:.1%} of the measurement "
+          f"unexplained, {scanner.detector_offset_mm:.4g} {before:.1%}.")
+    return found if best < before else scanner
 
 
 def first_readable(read, names: list[str]):

@@ -19,13 +19,14 @@ TAPER = 15.0
 def view_shares(angles: np.ndarray, period: float) -> tuple[np.ndarray, np.ndarray]:
     """Degrees that each view stands for, (views,), and the arcs that they cover, (arcs, 2): start and length.
 
-    Views that lie at one angle share it. A gap belongs to no view where it is more than three times the upper quartile
-    of all gaps: then an arc ends half such a gap after its last view. No arc at all: there is no such gap.
+    Views that lie at one angle share it. A gap belongs to no view where it is over TAPER / 2 and over twice the ninth
+    decile of all gaps: an arc ends half such a decile after its last view then. No arc at all: there is no such gap.
+    (Random views have gaps as wide: FBP is better where their neighbours stand for these.)
     """
     places, index, count = np.unique(np.mod(angles, period).round(3) % period, return_inverse=True, return_counts=True)
     gaps = np.diff(places, append=places[0] + period)
-    usual = np.sort(gaps)[3 * (len(gaps) - 1) // 4]
-    is_open = gaps > 3 * usual + 1e-3
+    usual = np.sort(gaps)[9 * (len(gaps) - 1) // 10]
+    is_open = gaps > max(2 * usual, TAPER / 2)
     starts, ends = places[np.roll(is_open, 1)] - usual / 2, places[is_open] + usual / 2
     if len(ends) and ends[0] < starts[0]:
         ends = np.roll(ends, -1)

@@ -34,7 +34,7 @@ from torch_radon import Radon, RadonFanbeam
 
 from models.redundancy import ray_coverage, ray_weights, view_shares
 from utils.errors import InputError
-from utils.units import MU_WATER
+from utils.units import MU_WATER, pixel_cm
 
 PUBLISHED = {"size": 256, "source_distance": 1075, "det_distance": 1075, "det_count": 672, "det_spacing": 2}  # pixels
 
@@ -73,6 +73,10 @@ class PublishedScanner:
 
     def size_of(self, bins: int) -> int:
         return bins * PUBLISHED["size"] // PUBLISHED["det_count"]
+
+    def pixel_cm(self, size: int) -> float:
+        """What a sinogram's value times is its line integral."""
+        return pixel_cm(size)
 
     def from_zero(self) -> "PublishedScanner":
         return PublishedScanner()
@@ -189,7 +193,8 @@ class Scanner:
         p, (count, offset, _) = self.field_of_view_mm / size, _flat_bins(self)
         du, offset = self.detector_pitch_mm / p, (-offset if self.reversed else offset) / p
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message=".*corners")  # a scanner sees a circle, an image is a square
+            # A scanner sees a circle, an image is a square; one with a short side sees the rest from behind.
+            warnings.filterwarnings("ignore", message=".*truncated" if any(self.padding) else ".*corners")
             if self.beam == "parallel":
                 return Radon(size, theta, count, du, det_offset=offset)
             return RadonFanbeam(size, theta, self.source_distance_mm / p, self.detector_distance_mm / p, count, du,
@@ -197,6 +202,10 @@ class Scanner:
 
     def size_of(self, bins: int) -> int:
         return self.size
+
+    def pixel_cm(self, size: int) -> float:
+        """What a sinogram's value times is its line integral."""
+        return self.field_of_view_mm / 10 / size * self.water_per_cm / MU_WATER
 
     def from_zero(self) -> "Scanner":
         return self
@@ -290,6 +299,41 @@ def _angles(found) -> tuple[float, ...]:
     return tuple(_checked("angles", value, float) for value in found)
 
 
+def merged_bins(scanner: Scanner, lines: np.ndarray, size: int) -> tuple[Scanner, np.ndarray]:
+    """Scanner and lines (..., views, bins) with the means of neighbouring bins where they are finer than pixels.
+
+    As many are merged as are at most a pixel wide on the axis, of `size` pixels a side. An image cannot show what finer
+    bins add, and what their ramp filter adds are streaks. Bins left over at the end are dropped.
+    """
+    S, R = scanner.source_distance_mm, scanner.source_distance_mm + scanner.detector_distance_mm
+    on_axis = scanner.detector_pitch_mm * (S / R if scanner.beam == "fan" else 1)
+    k = math.floor(scanner.field_of_view_mm / size / on_axis + 0.1)
+    count = scanner.detector_count // max(k, 1)
+    if k < 2 or count < 2:
+        return scanner, lines
+    shift = (count * k - scanner.detector_count) / 2 * scanner.detector_pitch_mm
+    scanner = replace(scanner, detector_count=count, detector_pitch_mm=k * scanner.detector_pitch_mm,
+                      detector_offset_mm=scanner.detector_offset_mm + shift)
+    lines = np.asarray(lines, np.float32)[..., :count * k]
+    return scanner, lines.reshape(*lines.shape[:-1], count, k).mean(-1)
+
+
+def scanner_warnings(scanner: Scanner) -> list[str]:
+    """What no method can make up for, as sentences that go on from the name of a scan."""
+    reach = min(scanner.reach, max(-scanner.ends[0], scanner.ends[1]))
+    unseen = (scanner.coverage(np.arange(360.0), np.linspace(-reach, reach, 65)).sum(0) == 0).mean()
+    if unseen < 0.03:
+        return []
+    arcs, fan = view_shares(scanner.angles, 360)[1], 0.0
+    if scanner.beam == "fan":
+        fan = 2 * math.degrees(math.asin(scanner.field_of_view_mm / 2 / scanner.source_distance_mm))
+    needed = "360 are needed, as its detector sees only one side" if any(scanner.padding) else (
+        f"{180 + fan:.0f} in one piece are needed")
+    return [f"leaves {unseen:.0%} of the lines through the field of view unmeasured: its views cover "
+            f"{arcs[:, 1].sum() if len(arcs) else 360:.0f} degrees, and {needed}. Edges along those lines are not in "
+            "the data; methods with data consistency do better than fbp"]
+
+
 def _flat_bins(scanner: Scanner) -> tuple[int, float, np.ndarray | None]:
     """Count and offset (mm) of the flat bins, and where each lies among the measured ones (None: these are flat)."""
     n, pitch, offset = scanner.detector_count, scanner.detector_pitch_mm, scanner.detector_offset_mm
@@ -324,8 +368,7 @@ def to_pixels(scanner: Scanner, lines: np.ndarray, size: int) -> torch.Tensor:
         lines = _cubic(lines, position)
     if scanner.reversed:
         lines = lines[..., ::-1]
-    scale = 10 * size / scanner.field_of_view_mm * MU_WATER / scanner.water_per_cm
-    return torch.from_numpy(np.multiply(lines, scale, dtype=np.float32))
+    return torch.from_numpy(np.multiply(lines, 1 / scanner.pixel_cm(size), dtype=np.float32))
 
 
 def _cubic(rows: np.ndarray, position: np.ndarray) -> np.ndarray:
