@@ -83,10 +83,12 @@ def main(argv: list[str] | None = None) -> None:
             lines[i]
         wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
     views, share = len(scan.phi), len(lines) / count
-    print(f"{views} views of {args.rows} x {args.columns}, {len(lines)} slices of {lines.shape[1]} views, {count} "
-          f"made: {wall * share:.0f} s, {views / wall / share:.0f} views/s on {os.cpu_count()} cores; {cpu * share:.0f} s "
-          f"of processor time for all, {cpu * share / 2:.0f} s on two cores if these were idle (goal: {GOAL}); at most "
-          f"{memory('cpu'):.2f} GiB.")
+    wall, cpu = wall * share, cpu * share
+    print(f"{views} views of {args.rows} x {args.columns}, {len(lines)} slices of {lines.shape[1]} views:\n"
+          f"{count} made; {wall:.0f} s for all, {views / wall:.0f} views/s on {os.cpu_count()} busy cores; {cpu:.0f} s "
+          f"of processor time,\n{views / cpu * 2:.0f} views/s if two cores were idle (goal: {views / GOAL:.0f}); at "
+          f"most {memory('cpu'):.2f} GiB.")
+
 
 
 if __name__ == "__main__":

@@ -46,6 +46,7 @@ POSITIONS = {"HFS": (180, "ccw"), "HFP": (0, "ccw"), "HFDR": (90, "ccw"), "HFDL"
 LARGEST_ANGLE = 0.01   # radians: a shift of the spot beyond is mm
 ROUNDING = 1e-5, 0.01, 0.01  # radians, mm, mm: smaller shifts are none
 MOST_STATES = 16
+DAMAGED = "cannot be parsed as DICOM; is it damaged?"
 MANY = 2000  # files: from here on processes read their headers
 
 
@@ -110,7 +111,7 @@ def is_projections(path: Path) -> bool:
     """Whether a file, or one of some files of a folder or of those in it, is a view in the DICOM-CT-PD format."""
     for _, files in _folders(path):
         for file in (files[i] for i in evenly_spaced(len(files), 12)):
-            if isinstance(views := _read_file(file), str) or views:
+            if (views := _read_file(file)) and not str(views).startswith(DAMAGED):
                 return True
     return False
 
@@ -149,7 +150,7 @@ def _groups(item):
     return [item, *(one for element in item if element.VR == "SQ" for one in element.value)]
 
 
-@refuse_on_error("cannot be parsed as DICOM; is it damaged?")
+@refuse_on_error(DAMAGED)
 @pydicom.config.disable_value_validation()
 def _views(path):
     """A file's views, each a dict of FIELDS and what else is needed; none of another kind of object."""
@@ -189,17 +190,19 @@ def read_scan(path: Path, position: str | None = None, spectrum: int | None = No
 
     position: the patient's, where the files do not say. spectrum: which SpectrumIndex, where there are several.
     """
-    scans = {}
+    scans, reason = {}, ""
     for folder, files in _folders(path):
         workers = os.cpu_count() or 1
         read = parallel(_read_file, files, workers, "Reading headers", 64) if len(files) > MANY else [
             *map(_read_file, files)]
         if any(isinstance(views, list) and views for views in read):
             scans[folder] = files, read
+        reason = next((f" that can be used: {os.path.basename(file)} {found}" for file, found in zip(
+            files, read, strict=True) if isinstance(found, str)), reason)
     if len(scans) != 1:
         names = ", ".join(sorted(str(folder.relative_to(path)) for folder in scans))
         raise Refused(f"holds projections in {len(scans)} folders ({names}); give one of them" if scans else
-                      "holds no DICOM-CT-PD files")
+                      f"holds no DICOM-CT-PD files{reason}")
     ((files, read),) = scans.values()
     views, others = [], 0
     for file, found in zip(files, read, strict=True):
