@@ -18,7 +18,8 @@ import numpy as np
 from pydicom.uid import generate_uid
 
 from datasets import write_volume
-from datasets.sinograms import is_projections
+from datasets.ctpd import POSITIONS
+from datasets.sinograms import is_measured
 from models.baselines import BASELINES
 from models.jobs import Job, fingerprint, measured, simulated
 from models.methods import LABELS, METHODS
@@ -60,6 +61,8 @@ def arguments() -> Parser:
                         "an array of INPUT or a number (default: exchange/data_white, else INPUT holds line integrals)")
     parser.add_argument("--dark", metavar="FILE", help="counts without the beam, told as --flat (default: "
                         "exchange/data_dark, else 0)")
+    parser.add_argument("--position", choices=POSITIONS, help="how the patient of DICOM-CT-PD projections lay, where "
+                        "they do not say (default: their PatientPosition)")
     parser.add_argument("--find-centre", action="store_true", help="look for the detector_offset_mm that fits the "
                         "measurement best (default: the geometry's)")
     parser.add_argument("--series", type=int, help="which of several series, from 1 (default: the only one)")
@@ -268,7 +271,7 @@ def main(argv=None) -> int:
     if not set(args.method) <= set(BASELINES):
         args.checkpoint = find_checkpoint(args.checkpoint)
     lock(args.out)
-    job = (measured if args.geometry or is_projections(args.input) else simulated)(args)
+    job = (measured if args.geometry or is_measured(args.input) else simulated)(args)
     if args.format == "nifti":
         write_volume.nifti_affine(job.places)  # refuses uneven steps, before the work
     original = write_volume.read_original(job.original) if job.original else None
@@ -281,7 +284,8 @@ def main(argv=None) -> int:
     problems, images = list(job.problems), {}
     for method, out in outs.items():
         header, lost = write_volume.series_header(about(args, job, runs[method]), runs[method]["series_uid"], original,
-                                                  job.patient, args.deidentify)
+                                                  job.patient, args.deidentify, getattr(
+                                                      job.scanner, "patient_position", "HFS"))
         if lost and args.format == "dicom":
             problems.append(("the original" if args.original else job.names[0], "warning",
                              f"has attributes that cannot be copied and are left out: {', '.join(lost)}"))

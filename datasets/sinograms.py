@@ -1,68 +1,47 @@
-"""Measured sinograms from files: `.npy`, `.h5` and DICOM-CT-PD, the projection format of TCIA's LDCT collection.
+"""Measured sinograms from files: arrays (datasets/arrays.py), DICOM-CT-PD, and the folders of datasets.rebin.
 
-All hold line integrals, -ln(I/I0). An array is (views, bins), or (N, views, bins) for a volume, feet to head. A
-DICOM-CT-PD folder holds one file a view; these tags describe the scanner (Chen et al., Med. Phys. 42, 2015, and the
-collection's manual; FL are little-endian float32, lengths in mm, angles in radians):
-
-    (7029,1002) DetectorElementTransverseSpacing, along the arc     (7029,1010) NumberofDetectorRows
-    (7029,100B) DetectorShape, CYLINDRICAL or FLAT                  (7029,1011) NumberofDetectorColumns
-    (7031,1001) DetectorFocalCenterAngularPosition, 0 at 12 o'clock, clockwise as displayed
-    (7031,1002) DetectorFocalCenterAxialPosition                    (7031,1003) DetectorFocalCenterRadialDistance
-    (7031,1031) ConstantRadialDistance, source to detector          (7031,1033) DetectorCentralElement, from 1
-    (7033,100B) and (7033,100D) shifts of a flying focal spot       (7041,1001) WaterAttenuationCoefficient, 1/mm
-    InstanceNumber orders the views; RescaleSlope and RescaleIntercept turn pixels into line integrals;
-    DataCollectionDiameter, where there is one, is the field of view.
-
-One rotation of one detector row is read; a spiral or several rows (a cone) must be rebinned to that first, and a
-flying focal spot is refused.
+All hold line integrals, -ln(I/I0), or counts that become such. An array is (views, bins), or (N, views, bins) for a
+volume, feet to head. DICOM-CT-PD is read by datasets/ctpd.py, and rebinned where it is no rotation of one row.
 """
 
-import math
+import json
 from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
-import pydicom
 
 from datasets.arrays import only_array, read_arrays
 from datasets.counts import line_integrals
+from datasets.ctpd import is_projections
+from datasets.rebin import GEOMETRY, SINOGRAMS, read_projections
 from datasets.series import Refused, refuse_on_error
 
 EXCHANGE = "exchange/data"  # the layout of many beamlines, with data_white, data_dark and theta beside it
 AXES = (["bins", "views"], ["bins", "slices", "views"], ["bins", "rows", "views"])
 LARGEST = 2**28  # values of one sinogram
-FIELDS = {"pitch": 0x70291002, "shape": 0x7029100B, "rows": 0x70291010, "columns": 0x70291011, "angle": 0x70311001,
-          "z": 0x70311002, "source": 0x70311003, "span": 0x70311031, "centre": 0x70311033, "water": 0x70411001,
-          "shift_angle": 0x7033100B, "shift_radius": 0x7033100D}
-OPTIONAL = ("water", "shift_angle", "shift_radius", "z")
-TEXT = ("shape", "water")  # rows and columns are 16-bit integers, all other fields float32
-SHAPES = {"FLAT": "flat", "CYLINDRICAL": "curved"}
 
 
-def is_projections(path: Path) -> bool:
-    """Whether a file, or the first DICOM file of a folder, is a view in the DICOM-CT-PD format."""
-    for file in _dicom_files(path):
-        with suppress(Refused):
-            return FIELDS["columns"] in _header(file)
-    return False
-
-
-def _dicom_files(path):
-    files = sorted(path.iterdir()) if path.is_dir() else [path]
-    return (file for file in files if file.is_file() and pydicom.misc.is_dicom(file))
+def is_measured(path: Path) -> bool:
+    """Whether a file or folder holds projections in the DICOM-CT-PD format, or is one that datasets.rebin wrote."""
+    return (path / GEOMETRY).is_file() or is_projections(path)
 
 
 def read_sinograms(path: Path, dataset: str | None = None, *, axes: str | None = None, angles: str | None = None,
-                   flat: str | None = None, dark: str | None = None):
+                   flat: str | None = None, dark: str | None = None, position: str | None = None):
     """(line integrals (N, views, bins), geometry fields the file itself tells) of a file or a folder.
 
     The first is read from the disk slice by slice, as it is indexed. dataset: which array of a file; its only one of
     two or three dimensions, or exchange/data, if None. axes: what its axes are, such as "views,rows,bins". angles: a
     file, or an array of this one. flat, dark: numbers, files or arrays of this one; counts are then turned into line
-    integrals. Raises Refused.
+    integrals. position: how the patient lay, where DICOM-CT-PD files do not say. Raises Refused.
     """
+    if (path / GEOMETRY).is_file():
+        with refuse_on_error(f"lacks {SINOGRAMS} or a sound {GEOMETRY}: python -m datasets.rebin was stopped, and the "
+                             "same command goes on"):
+            return (np.load(path / SINOGRAMS, mmap_mode="r", allow_pickle=False),
+                    json.loads((path / GEOMETRY).read_text(encoding="utf-8")))
     if is_projections(path):
-        return _read_projections(path)
+        return read_projections(path, position)
     found = read_arrays(path)
     names = [dataset.strip("/")] if dataset else [EXCHANGE] if EXCHANGE in found else [
         name for name, item in found.items() if not name or len(item.shape) < 4 and sum(n > 1 for n in item.shape) > 1]
@@ -115,81 +94,3 @@ def _beside(found, given: str) -> np.ndarray:
         return only_array(Path(given))
     except Refused as error:
         raise Refused(f"needs {given}, which {error}") from None
-
-
-@refuse_on_error("cannot be parsed as DICOM; is it damaged?")
-@pydicom.config.disable_value_validation()
-def _header(file):
-    return pydicom.dcmread(file, defer_size=1024)
-
-
-def _value(view, name):
-    # A number, of several the first, or text. A private tag that no dictionary knows may come as bytes.
-    tag = pydicom.tag.Tag(FIELDS[name])
-    if tag not in view:
-        if name in OPTIONAL:
-            return None
-        raise Refused(f"lacks the tag {tag} of the DICOM-CT-PD format")
-    value = view[tag].value
-    if isinstance(value, bytes):
-        kind = "<u2" if name in ("rows", "columns") else "<f4"
-        value = value.decode("ascii", "replace") if name in TEXT else np.frombuffer(value, kind)
-    if isinstance(value, str):
-        value = value.strip("\0 ")
-    if name == "shape":
-        return str(value).upper()
-    values = np.atleast_1d(value).astype(float)
-    if not np.isfinite(values).all():
-        raise Refused(f"has {values.tolist()} in the tag {tag}; expected finite numbers")
-    return float(values[0])
-
-
-@refuse_on_error("cannot be read as a DICOM-CT-PD view")
-@pydicom.config.disable_value_validation()
-def _read_view(file):
-    # (instance number, fields, line integrals (columns,), DataCollectionDiameter)
-    view = _header(file)
-    fields = {name: _value(view, name) for name in FIELDS}
-    if fields["rows"] != 1:
-        raise Refused(f"has {fields['rows']:.0f} detector rows, a cone beam: rebin the scan to single rows first")
-    row = view.pixel_array.ravel().astype(np.float32) * float(view.RescaleSlope) + float(view.RescaleIntercept)
-    if len(row) != fields["columns"]:
-        raise Refused(f"holds {len(row)} pixels for {fields['columns']:.0f} detector columns")
-    return int(view.InstanceNumber), fields, row, float(view.get("DataCollectionDiameter") or 0)
-
-
-def _read_projections(path):
-    views = []
-    for file in _dicom_files(path):
-        try:
-            views.append(_read_view(file))
-        except Refused as error:  # a missing view would leave a gap that nobody sees: refuse the scan
-            raise Refused(f"cannot be used: {file.name} {error}") from None
-    if not views:
-        raise Refused("holds no DICOM-CT-PD files")
-    views.sort(key=lambda view: view[0])
-    numbers, fields, rows, (diameter, *_) = zip(*views, strict=True)
-    if len(set(numbers)) < len(numbers):
-        raise Refused("holds two views of one InstanceNumber: keep one scan in a folder")
-    first = fields[0]
-    for key in ("pitch", "shape", "columns", "source", "span", "centre", "water"):
-        if any(field[key] != first[key] for field in fields):
-            raise Refused(f"holds views of different scans: the tag {pydicom.tag.Tag(FIELDS[key])} changes")
-    if (travel := np.ptp([field["z"] or 0.0 for field in fields])) > 0.05:
-        raise Refused(f"is a spiral scan: the source moves {travel:.1f} mm along the patient; rebin it to one rotation "
-                      "a slice first")
-    if any(field["shift_angle"] or field["shift_radius"] for field in fields):
-        raise Refused("was measured with a flying focal spot, which is not supported: rebin it first")
-    if first["shape"] not in SHAPES:
-        raise Refused("has a detector that is neither FLAT nor CYLINDRICAL")
-    geometry = {
-        "angles": [math.degrees(field["angle"]) for field in fields], "angle_offset": 180.0, "direction": "cw",
-        "detector_count": int(first["columns"]), "detector_pitch_mm": first["pitch"],
-        "detector_shape": SHAPES[first["shape"]],
-        "detector_offset_mm": ((first["columns"] + 1) / 2 - first["centre"]) * first["pitch"],
-        "source_distance_mm": first["source"], "detector_distance_mm": first["span"] - first["source"]}
-    if diameter:
-        geometry["field_of_view_mm"] = diameter
-    if first["water"]:
-        geometry["water_per_cm"] = 10 * first["water"]
-    return np.stack(rows)[None], geometry

@@ -113,10 +113,10 @@ def write_nifti(path: Path, slices: Iterator[np.ndarray], places: list[Place], s
 
 @pydicom.config.disable_value_validation()
 def series_header(about: str, series_uid: str, original: pydicom.Dataset | None, patient: str,
-                  deidentify: bool) -> tuple[pydicom.Dataset, list[str]]:
+                  deidentify: bool, position: str = "HFS") -> tuple[pydicom.Dataset, list[str]]:
     """(what all files of a new series share, attributes of the original that cannot be copied).
 
-    about: how it was made; patient: a pseudonym.
+    about: how it was made; patient: a pseudonym; position: how the patient lay, where no original says it.
 
     With an original, the series belongs to its patient, study and frame of reference. With `deidentify` the pseudonym
     takes the place of name and ID, dates and all else in PATIENT and STUDY are dropped, and UIDs become hashes.
@@ -147,7 +147,7 @@ def series_header(about: str, series_uid: str, original: pydicom.Dataset | None,
     header.update(IMAGE | {
         "SeriesInstanceUID": series_uid, "SeriesNumber": 1000 + number,
         "SeriesDescription": about.partition(";")[0][:64], "DerivationDescription": about[:1024]})
-    header.setdefault("PatientPosition", "HFS")
+    header.setdefault("PatientPosition", position)
     if "BodyPartExamined" not in header:
         header.Laterality = ""  # wanted, without a value, where nothing says that the part is not one of a pair
     return header, lost

@@ -1,7 +1,6 @@
 """The figures of an evaluation, into the folder of test.py."""
 
 from fig.figures import comparison, curves
-from models.evaluation import simulate_measurement
 from models.methods import LABELS
 from utils.metrics import score
 from utils.progress import Progress
@@ -12,14 +11,14 @@ def draw(args, reconstructor, noise, x0, name: str, summary) -> None:
     for n in Progress(args.views, desc="Drawing", unit="figure"):
         if (args.out / f"comparison_{n}views.png").is_file():
             continue
-        y, images, chains = simulate_measurement(x0, n, [name], reconstructor.degrade, noise), {}, {}
+        (solver, y), images, chains = noise.measure(reconstructor, x0, [name], n), {}, {}
         for method in args.methods:
             errors = []
 
             def watch(slices, n_t, x0_hat, errors=errors):
                 errors.append((len(errors) + 1, score(x0_hat, x0, *args.windows[0])["psnr"].item()))
 
-            images[LABELS[method]], _ = reconstructor.run(
+            images[LABELS[method]], _ = solver.run(
                 method, y, x0.shape[-1], photons=noise.photons, electronic=noise.electronic, callback=watch,
                 **args.options.get(method, {}))
             if len(errors) > 1:

@@ -91,7 +91,7 @@ def measured(args) -> Job:
     geometry, device = read_in_mm(args.geometry) if args.geometry else {}, chosen_device(args.device)
     try:
         lines, told = read_sinograms(args.input, args.dataset, axes=args.axes, angles=args.angles, flat=args.flat,
-                                     dark=args.dark)
+                                     dark=args.dark, position=args.position)
     except Refused as error:
         raise InputError(f"{args.input} {error}.") from error
     found, rows, far = near_plane(in_degrees(told | geometry), len(lines))
@@ -121,7 +121,8 @@ def measured(args) -> Job:
     return Job(
         names=names,
         places=[place_of(located[i], size, i, spacing) if located
-                else centred(spacing, size, i * scanner.slice_spacing_mm) for i in range(len(rows))],
+                else centred(spacing, size, scanner.first_slice_mm + i * scanner.slice_spacing_mm)
+                for i in range(len(rows))],
         size=size,
         views=len(chosen),
         read=read,

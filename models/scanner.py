@@ -106,6 +106,8 @@ class Scanner:
     direction: Literal["ccw", "cw"] = "ccw"  # in which the source moves as angles grow
     flip_detector: bool = False          # bins grow to the left as seen from the source
     flip_image: Literal["none", "left-right", "up-down"] = "none"
+    first_slice_mm: float = 0.0          # height of the first sinogram's plane
+    patient_position: Literal["HFS", "HFP", "HFDR", "HFDL", "FFS", "FFP", "FFDR", "FFDL"] = "HFS"  # for DICOM alone
 
     @property
     def arc(self) -> float:
