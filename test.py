@@ -1,18 +1,24 @@
 #!/usr/bin/env python3
 """Evaluate CvG-Diff beside baselines: PSNR, SSIM, RMSE and VIF at every sparsity level, with statistics and figures.
 
-The same command resumes: slices already in OUT are not done again. Under torchrun the slices are shared out.
+DATA that datasets.rebin --truth wrote is evaluated on its measured sinograms: some of their views against the FBP of
+all, and against the views that were not used. The same command resumes: slices already in OUT are not done again. Under
+torchrun the slices are shared out.
 """
 
 import argparse
+import csv
 import json
 import math
 import os
 import sys
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
+from statistics import mean
 
 from datasets.leakage import met_again, traces
+from datasets.rebin import GEOMETRY
 from datasets.slices import evenly_spaced, find_slices, fingerprint, patients_of, read_slices, remarks
 from fig.flags import add_figure_flags, chosen_slice
 from fig.latex import latex
@@ -21,7 +27,7 @@ from models.levels import FULL_VIEWS
 from models.methods import METHODS
 from models.weights import find_checkpoint
 from utils.cli import Parser, script
-from utils.errors import printable
+from utils.errors import InputError, printable
 from utils.files import atomic, hash16
 from utils.run_folder import lock
 from utils.units import WINDOWS, hu_to_mu, number
@@ -140,6 +146,7 @@ def write_tables(done, names, patients, run, again, args) -> list[dict]:
         if counts := [row[f"{name}_slices"] for row in summary if f"{name}_slices" in row]:
             notes.append(f"{metric.label} is not a number for up to {len(patients) - min(counts)} slices, which are "
                          "left out of its means.")
+    notes += held_out(args.out, run)
     text = table(summary, notes)
     for path, content in (("table.md", text + "\n"), ("table.tex", latex(text))):
         with atomic(args.out / path) as partial:
@@ -148,16 +155,30 @@ def write_tables(done, names, patients, run, again, args) -> list[dict]:
     return summary
 
 
+def held_out(out: Path, run: dict) -> list[str]:
+    """Notes on the residual of measured views that were not used: mean over slices."""
+    from models.evaluation import HELD_OUT
+
+    path, left = out / HELD_OUT, {}
+    for row in csv.reader(path.read_text(encoding="utf-8").splitlines()) if path.is_file() else ():
+        left.setdefault(tuple(row[1:3]), {})[row[0]] = float(row[3])
+    return [f"Measured views that were not used, {views} views by {method}: {mean(slices.values()):.2%} unexplained."
+            for (method, views), slices in left.items() if method in run["methods"] and int(views) in run["views"]]
+
+
 @script
 def main(argv=None):
     args = parse(argv)
     files, checkpoint = find_slices(args.data, "test"), find_checkpoint(args.checkpoint)
+    is_measured = (Path(args.data) / GEOMETRY).is_file()
+    if is_measured and (args.photons or args.start):
+        raise InputError(f"{args.data} holds measured sinograms: --photons and --start are for simulated ones.")
     if int(os.environ.get("RANK", 0)) == 0:
         lock(args.out)
     import torch  # takes two seconds, as what needs it
 
     from fig.evaluation import draw
-    from models.evaluation import Noise, cautions, evaluate
+    from models.evaluation import Noise, cautions, evaluate, read_measured
     from models.reconstructor import Reconstructor
     from models.scanner import PublishedScanner
     from utils import distributed
@@ -171,6 +192,10 @@ def main(argv=None):
     for method in args.methods:
         reconstructor.check(method)
     chosen = [files[i] for i in evenly_spaced(len(files), args.limit)]
+    noise = Noise(args.photons, args.electronic, args.seed)
+    if is_measured:
+        noise = read_measured(Path(args.data), files)
+        reconstructor = replace(reconstructor, scanner=noise.scanner)
     files, hu = read_slices(chosen, reconstructor.multiple, args.strict, args.trust_hu)
     names, patients = ([printable(text.encode("utf-8", "backslashreplace").decode()).replace("\n", "\\n")
                         for text in texts] for texts in ([f.name for f in files], patients_of(files)))
@@ -181,13 +206,13 @@ def main(argv=None):
     print(f"{len(names)} slices of {hu.shape[1]} x {hu.shape[2]}, checkpoint {checkpoint.name} "
           f"({reconstructor.header.get('preset', 'unnamed')}), protocol {run['protocol']}, {run['dc']} iterations of "
           f"data consistency a call, {args.device}.")
-    mu, noise = hu_to_mu(torch.from_numpy(hu))[:, None], Noise(args.photons, args.electronic, args.seed)
+    mu = hu_to_mu(torch.from_numpy(hu))[:, None]
     evaluate(args, reconstructor, noise, mu, names, patients, done, rank, processes)
     distributed.gather(rank)
     if rank == 0:
         run, done = open_results(args.out, run)
         summary = write_tables(done, names, patients, run, again, args)
-        x0 = reconstructor.degrade.full(mu[shown:shown + 1].to(args.device))
+        x0 = noise.truth(reconstructor, mu[shown:shown + 1].to(args.device))
         draw(args, reconstructor, noise, x0, names[shown], summary)
         print(f"Written: tables and figures in {args.out}.")
         told = cautions(reconstructor, run["methods"], hu.shape[1], args.photons, again)

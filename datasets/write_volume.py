@@ -123,10 +123,11 @@ def write_nifti(path: Path, slices: Iterator[np.ndarray], places: list[Place], s
 
 @pydicom.config.disable_value_validation()
 def series_header(about: str, series_uid: str, original: pydicom.Dataset | None, patient: str,
-                  deidentify: bool) -> tuple[pydicom.Dataset, list[str]]:
+                  deidentify: bool, position: str = "HFS") -> tuple[pydicom.Dataset, list[str]]:
     """(what all files of a new series share, what is odd about the original in sentences).
 
-    about: how it was made; series_uid: a random one; patient: a pseudonym.
+    about: how it was made; series_uid: a random one; patient: a pseudonym; position: how the patient lay, where no
+    original says it.
 
     With an original, the series belongs to its patient, study and frame of reference. With `deidentify` nothing of the
     original stays but SCAN, and patient and UIDs are made of `series_uid`, so nothing leads back to the original.
@@ -162,7 +163,7 @@ def series_header(about: str, series_uid: str, original: pydicom.Dataset | None,
     header.update(IMAGE | {
         "SeriesInstanceUID": series_uid, "SeriesNumber": 1000 + number,
         "SeriesDescription": about.partition(";")[0][:64], "DerivationDescription": about[:1024]})
-    header.setdefault("PatientPosition", "HFS")
+    header.setdefault("PatientPosition", position)
     if "BodyPartExamined" not in header:
         header.Laterality = ""  # wanted, without a value, where nothing says that the part is not one of a pair
     odd = [f"has attributes that cannot be copied and are left out: {', '.join(lost)}"] if lost else []

@@ -108,6 +108,8 @@ class Scanner:
     direction: Literal["ccw", "cw"] = "ccw"  # in which the source moves as angles grow
     flip_detector: bool = False          # bins grow to the left as seen from the source
     flip_image: Literal["none", "left-right", "up-down"] = "none"
+    first_slice_mm: float = 0.0          # height of the first sinogram's plane
+    patient_position: Literal["HFS", "HFP", "HFDR", "HFDL", "FFS", "FFP", "FFDR", "FFDL"] = "HFS"  # for DICOM alone
 
     @property
     def arc(self) -> float:
@@ -384,8 +386,7 @@ def to_pixels(scanner: Scanner, lines: np.ndarray, size: int) -> torch.Tensor:
         lines = _cubic(lines, position)
     if scanner.reversed:
         lines = lines[..., ::-1]
-    scale = 10 * size / scanner.field_of_view_mm * MU_WATER / scanner.water_per_cm
-    return torch.from_numpy(np.multiply(lines, scale, dtype=np.float32))
+    return torch.from_numpy(np.multiply(lines, 1 / scanner.pixel_cm(size), dtype=np.float32))
 
 
 def _cubic(rows: np.ndarray, position: np.ndarray) -> np.ndarray:
