@@ -7,7 +7,6 @@ import numpy as np
 
 from fig.figures import comparison, draw_curves, draw_points, is_drawn, one_axis, psnr_in, said
 from fig.workers import Figure, draw_together
-from models.evaluation import simulate_measurement
 from models.methods import LABELS
 from utils.files import hash16
 from utils.metrics import score
@@ -57,7 +56,7 @@ def of_slice(args, reconstructor, noise, x0, name: str, n: int, path: Path, key:
 
 def reconstruct(args, reconstructor, noise, x0, name: str, n: int) -> tuple[dict, dict]:
     """({heading: HU (H, H)}, {label: (call, dB) along the chain}) of one slice at n views."""
-    y, images, chains = simulate_measurement(x0, n, [name], reconstructor.degrade, noise), {}, {}
+    (reconstructor, y), images, chains = noise.measure(reconstructor, x0, [name], n), {}, {}
 
     def psnr(x0_hat):
         return score(x0_hat, x0, *args.windows[0])["psnr"].item()
