@@ -12,7 +12,8 @@ S = (rho + drho) e(phi + dphi), dz above it, and a cell of column j and row k is
 s = S_x cos w + S_y sin w from the axis, to which it is nearest m = -S . (sin w, -cos w) behind the source. The ideal
 fan holds it at gamma = arcsin(s / rho), lambda = w - gamma: lambda - phi and gamma depend on column and state of the
 spot alone. At the axis it is z + dz (1 - m/L) + (cy - k) dv m/L high, so that the plane z_s reads the row
-k = cy - (z_s - z - dz (1 - m/L)) L / (m dv), times L / sqrt(L^2 + ((cy - k) dv - dz)^2) for its slant.
+k = cy - (z_s - z - dz (1 - m/L)) L / (m dv), times L / sqrt(L^2 + ((cy - k) dv - dz)^2) for its slant. Turns that see
+a ray are averaged, less where the plane nears the detector's edge; where all do, the ray that runs back helps.
 """
 
 import hashlib
@@ -52,7 +53,11 @@ def keys(f):
 
 
 def rays(scan: Scan) -> dict[str, np.ndarray]:
-    """Of each state and column (states, columns), for phi = 0: lambda, gamma (radians), m and L (mm)."""
+    """Of each state and column (states, columns), for phi = 0: lambda, gamma (radians), m and L (mm).
+
+    The first two have as many rows again: the same lines run through from their other end, at lambda + 2 gamma + pi and
+    -gamma.
+    """
     dphi, _, drho = scan.states.T[:, :, None]
     source = (scan.rho + drho) * np.stack([-np.sin(dphi), np.cos(dphi)])
     alpha, reach = scan.cells()
@@ -60,17 +65,19 @@ def rays(scan: Scan) -> dict[str, np.ndarray]:
     L = np.hypot(*way)
     w = np.arctan2(way[0], -way[1])
     gamma = np.arcsin((source[0] * np.cos(w) + source[1] * np.sin(w)) / scan.rho)
-    return {"lam": w - gamma, "gamma": gamma, "m": -(source * way).sum(0) / L, "L": L}
+    lam = w - gamma
+    return {"lam": np.vstack([lam, lam + 2 * gamma + math.pi]), "gamma": np.vstack([gamma, -gamma]),
+            "m": -(source * way).sum(0) / L, "L": L}
 
 
 def merged(gamma: np.ndarray, bins: np.ndarray) -> dict[str, np.ndarray]:
     """Places (radians) of all states' columns on the ideal fan as one row of nodes, those at nearly one place as one.
 
-    node (states, columns): which one each column adds to; place: of the nodes; cell, of each bin the node before it.
+    node (states, columns): which one each column adds to; place: of the nodes; cell: of each bin the node before it.
     """
     order = np.argsort(gamma, axis=None)
     sorted_ = gamma.ravel()[order]
-    number = np.cumsum(np.diff(sorted_, prepend=sorted_[0]) > SAME * np.median(np.diff(gamma)))
+    number = np.cumsum(np.diff(sorted_, prepend=sorted_[0]) > SAME * np.median(np.abs(np.diff(gamma))))
     node = np.empty(gamma.size, int)
     node[order] = number
     place = np.bincount(number, sorted_) / np.bincount(number)
@@ -80,7 +87,7 @@ def merged(gamma: np.ndarray, bins: np.ndarray) -> dict[str, np.ndarray]:
 
 @lru_cache
 def compiled():
-    """(project, gather, spread), compiled: threads call them at once, each for some views."""
+    """(project, gather), compiled: threads call them at once, each for some views."""
     from numba import njit  # takes a second
 
     cubic = njit(keys)
@@ -148,18 +155,34 @@ def compiled():
                 (3 - 2 * t) * y[i + 1] - (1 - t) * h * slope[i + 1])
 
     @njit(nogil=True)
-    def gather(out, lams, bins, lines, phi, heights, first, z_s, lam, middle, half, node, place, cell):
-        """out (lams, bins): the ideal fan's views at angles lams, from lines of views ordered by state."""
+    def gather(out, lams, bins, lines, phi, heights, first, z_s, lam, middle, half, node, place, places, cell):
+        """out (lams, bins): the ideal fan's views at angles lams, from lines of views ordered by state.
+
+        phi, heights: of the views; first: where each state begins. node, place, cell: of `merged`, one set for either
+        way, with so many places.
+        """
+        states, values, weights = len(middle), np.empty(len(bins)), np.empty(len(bins))
         for t in range(len(lams)):
-            total, norm = np.zeros(len(place)), np.zeros(len(place))
-            for s in range(len(lam)):
-                own = slice(first[s], first[s + 1])
-                for j in range(lam.shape[1]):
-                    value, weight = turns(lams[t] - lam[s, j], lines[own], j, phi[own], heights[own], z_s, middle[s, j],
-                                          half[s, j])
-                    total[node[s, j]] += weight * value
-                    norm[node[s, j]] += weight
-            interpolate(out[t], bins, place, total / norm, cell)
+            for way in range(2):  # the rays themselves, and where no turn has them well inside, those that run back
+                total, norm = np.zeros(places[way]), np.zeros(places[way])
+                for s in range(states):
+                    own = slice(first[s], first[s + 1])
+                    for j in range(lam.shape[1]):
+                        value, weight = turns(lams[t] - lam[way * states + s, j], lines[own], j, phi[own], heights[own],
+                                              z_s, middle[s, j], half[s, j])
+                        total[node[way * states + s, j]] += weight * value
+                        norm[node[way * states + s, j]] += weight
+                at = place[way, :places[way]]
+                interpolate(values, bins, at, total / norm, cell[way])
+                for b in range(len(bins)):
+                    i = cell[way, b]
+                    f = min(max((bins[b] - at[i]) / (at[i + 1] - at[i]), 0.0), 1.0)
+                    w = (1 - f) * norm[i] + f * norm[i + 1]
+                    if way == 0:
+                        out[t, b], weights[b] = values[b], w
+                    else:
+                        w *= max(0.0, 1 - weights[b])
+                        out[t, b] = (weights[b] * out[t, b] + w * values[b]) / (weights[b] + w)
 
     return project, gather
 
@@ -181,8 +204,12 @@ class Rebinned:
         self.half = scan.rows * scan.dv * part / 2
         self.middle = dz[:, None] * (1 - part) + (scan.cy - (scan.rows + 1) / 2) * scan.dv * part
         self.lams, self.bins = math.tau * np.arange(views) / views, scan.cells()[0]
-        self.nodes = merged(self.rays["gamma"], self.bins)
-        self.heights = _heights(scan, spacing, self.half.min(), self.rays["lam"])
+        ways = [merged(gamma, self.bins) for gamma in np.vsplit(self.rays["gamma"], 2)]
+        places = np.array([len(way["place"]) for way in ways])
+        self.nodes = (np.vstack([way["node"] for way in ways]),
+                      np.stack([np.pad(way["place"], (0, places.max() - len(way["place"]))) for way in ways]), places,
+                      np.stack([way["cell"] for way in ways]))
+        self.heights = _heights(scan, spacing, self.half.min(), self.rays["lam"][:len(dz)])
         self.spacing, self.shape = spacing, (len(self.heights), views, scan.columns)
         self.windows = [self._window(z_s) for z_s in self.heights]
         pairs = zip(self.windows, self.windows[1:] + self.windows[-1:], strict=True)
@@ -255,7 +282,7 @@ class Rebinned:
             lines[a:b], slots[a:b], state[a:b], z[a:b], self.ring, z_s, dz, scan.dv, scan.cy, ray["m"], ray["L"]))
         self._share(len(out), lambda a, b: gather(
             out[a:b], self.lams[a:b], self.bins, lines, phi, z, first, z_s, ray["lam"], self.middle, self.half,
-            self.nodes["node"], self.nodes["place"], self.nodes["cell"]))
+            *self.nodes))
         return out
 
     def _by_state(self, low: int, high: int):
