@@ -99,6 +99,11 @@ class Degradation:
             return _projector(self.scanner, size, n_views)
         return Stack([self.operator(size, n) for n in n_views])
 
+    def _padded(self, size: int, n_views: int | list[int]) -> BaseRadon | Stack:
+        if isinstance(n_views, int):
+            return _padded_projector(self.scanner, size, n_views)
+        return Stack([self._padded(size, n) for n in n_views])
+
     def full(self, x: torch.Tensor) -> torch.Tensor:
         """R(x) = D(x, 720): what counts as ground truth."""
         return Degradation(self.scanner.from_zero())(x, FULL_VIEWS)
@@ -110,11 +115,10 @@ class Degradation:
         if not isinstance(n_views, int) and len(set(n_views)) == 1:
             n_views = n_views[0]
         if isinstance(n_views, int):
-            return _degrade(_padded_projector(self.scanner, x.shape[-1], n_views), x,
-                            _weights(self.scanner, n_views, x.device))
-        operator = Stack([_padded_projector(self.scanner, x.shape[-1], n) for n in n_views])
-        weights = [w for n in n_views if (w := _weights(self.scanner, n, x.device)) is not None]
-        return _degrade(operator, x, _together(weights) if weights else None)
+            weights = _weights(self.scanner, n_views, x.device)
+        elif weights := [w for n in n_views if (w := _weights(self.scanner, n, x.device)) is not None] or None:
+            weights = _together(weights)
+        return _degrade(self._padded(x.shape[-1], n_views), x, weights)
 
     def project(self, x: torch.Tensor, n_views: int | list[int]) -> torch.Tensor | list[torch.Tensor]:
         """Sinograms y = P_n x: (B, 1, n, bins), or for a list of view counts a list of (1, n, bins)."""
@@ -125,7 +129,7 @@ class Degradation:
     def fbp(self, y: torch.Tensor, size: int) -> torch.Tensor:
         """FBP of sinograms (B, 1, n, bins): (B, 1, size, size). D(x, n) = fbp(project(x, n))."""
         scanner, n = self.scanner, y.shape[-2]
-        operator, shares = _padded_projector(scanner, size, n), scanner.shares(n)
+        operator, shares = self._padded(size, n), scanner.shares(n)
         if any(padding := scanner.resampled(n).padding):
             y = torch.nn.functional.pad(y, padding)
         if shares is not None:

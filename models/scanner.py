@@ -2,9 +2,9 @@
 
 Both have `theta(n)`, the angles of n views, radians; `shares(n)`, the share of the rotation that each view (n,) or ray
 (n, bins) stands for, times n, None where all have the same; `projector(size, theta)` of torch_radon; `resampled(n)`,
-the scanner that has n views; `padded`, the one whose detector FBP needs, and `padding`, the bins that this adds in front
-and behind; `size_of(bins)`, the pixels of a side whose sinogram has so many bins; and `from_zero()`, the scanner that
-ground truths are made with.
+the scanner that has n views; `padded`, the one whose detector FBP needs, and `padding`, the bins that it has more in
+front and behind; `size_of(bins)`, the pixels of a side whose sinogram has so many bins; and `from_zero()`, the scanner
+that ground truths are made with.
 
 A real scanner in pixels of p = field_of_view_mm / size, for torch_radon's equations (torch-radon_fix/README.md):
 
@@ -139,7 +139,8 @@ class Scanner:
         shares = (shares * n_views / scan.arc).astype(np.float32)
         if scan.arc == 180 or not (len(arcs) or any(scan.padding)):
             return shares
-        bins = scan.padded.projector(scan.size, (0.0,)).geometry.bins * scan.field_of_view_mm / scan.size
+        low, high = scan.padded.ends
+        bins = np.arange(low + scan.detector_pitch_mm / 2, high, scan.detector_pitch_mm)
         return (shares[:, None] * ray_weights(scan.coverage(np.array(scan.angles), bins))).astype(np.float32)
 
     def coverage(self, angles: np.ndarray, u: np.ndarray) -> np.ndarray:

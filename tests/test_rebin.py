@@ -289,7 +289,8 @@ def patient(tmp_path_factory):
 def test_from_projections_to_dicom(tmp_path, patient, position, method):
     """The whole chain: files, rebinned, 36 views reconstructed, DICOM with left, front and head where they are."""
     assert main([str(patient / position), "--out", str(tmp_path / "fan"), "--spacing", "3", "--size", str(SIZE)]) == 0
-    assert reconstruct([str(tmp_path / "fan"), "--views", "36", "--method", method, "--dc", "4", "--out", str(tmp_path / "dicom")]) == 0
+    assert reconstruct([str(tmp_path / "fan"), "--views", "36", "--method", method, "--dc", "4",
+                        "--out", str(tmp_path / "dicom")]) == 0
     slices = written(tmp_path / "dicom")
     heights = [float(one.ImagePositionPatient[2]) for one in slices]
     assert heights == sorted(heights) and np.diff(heights).tolist() == [3.0] * (len(slices) - 1)
