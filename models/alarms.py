@@ -10,7 +10,7 @@ from scipy.ndimage import median_filter
 from models.centre import find_centre
 from models.consistency import relative_residual
 from models.degradation import Degradation
-from models.scanner import Scanner, to_pixels
+from models.scanner import Scanner, merged_bins, to_pixels
 from utils.errors import InputError
 from utils.units import HU_RANGE, MU_WATER, mu_to_hu
 
@@ -88,6 +88,7 @@ def check_image(hu: np.ndarray, water_per_cm: float) -> list[str]:
 
 def check_scan(lines: np.ndarray, scanner: Scanner, size: int, device: str) -> tuple[float, list[str]]:
     """(relative residual, warnings) of line integrals (views, bins) of one slice. Raises InputError."""
+    scanner, lines = merged_bins(scanner, lines, size)
     left, found = check_geometry(lines, scanner, size, device)
     mu = Degradation(scanner).fbp(to_pixels(scanner, lines, size)[None, None].to(device), size)
     return left, found + check_image(mu_to_hu(mu)[0, 0].cpu().numpy(), scanner.water_per_cm)

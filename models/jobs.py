@@ -85,7 +85,7 @@ def measured(args) -> Job:
 
     from models import alarms
     from models.geometry import check_axes, in_degrees, near_plane, read_in_mm
-    from models.scanner import make_scanner, to_pixels
+    from models.scanner import make_scanner, merged_bins, scanner_warnings, to_pixels
     from utils.device import chosen_device
 
     geometry, device = read_in_mm(args.geometry) if args.geometry else {}, chosen_device(args.device)
@@ -110,12 +110,13 @@ def measured(args) -> Job:
         whole = centred_scanner(whole, row)
     scanner, chosen = whole.thinned(len(whole.angles) if args.views is None else args.views)
     size = args.size or scanner.size
+    fine, scanner = scanner, merged_bins(scanner, row[chosen], size)[0]
     residual, said = named(names[middle], alarms.check_scan, row, whole, size, device)
     located, spacing = originals_of(args, len(rows)), scanner.field_of_view_mm / size
 
     def read(i):
         row, warnings = values(i)
-        return to_pixels(scanner, row[chosen], size), warnings
+        return to_pixels(*merged_bins(fine, row[chosen], size), size), warnings
 
     return Job(
         names=names,
@@ -130,7 +131,8 @@ def measured(args) -> Job:
         photons=photons,
         original=located[0].path if located else None,
         patient=anonymous(located[0]) if located else "unknown",
-        problems=(*((names[middle], "warning", one) for one in said),
+        problems=(*((args.input.name, "warning", one) for one in scanner_warnings(scanner)),
+                  *((names[middle], "warning", one) for one in said),
                   *((args.input.name, "refused", one) for one in [far] if one)),
         source=fingerprint([(str(args.input), repr((scanner, args.dataset, args.axes, args.angles, args.flat,
                                                     args.dark, photons)))]),

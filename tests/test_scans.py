@@ -11,6 +11,7 @@ import zlib
 import h5py
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from scipy.io import savemat
 from test_scanner import FAN, PARALLEL, line_integrals, phantom
@@ -18,8 +19,10 @@ from test_scanner import FAN, PARALLEL, line_integrals, phantom
 from datasets.arrays import read_arrays
 from datasets.series import Refused
 from datasets.sinograms import read_sinograms
+from fig import conventions
 from models import alarms
 from models.consistency import deviation
+from models.degradation import Degradation
 from models.geometry import check_axes, in_degrees, near_plane, read_in_mm
 from models.scanner import make_scanner, to_pixels
 from reconstruct import main
@@ -362,3 +365,26 @@ def test_the_centre_is_found_where_it_is_asked_for(tmp_path, scan):
     said = scan(np.roll(LINES, 3, axis=1), "--find-centre")
     assert "detector_offset_mm" in said and "Warning" not in said
     assert error(tmp_path) < 60
+
+
+@pytest.mark.parametrize("degrees, direction", [(0, 1), (40, 1), (40, -1)])
+def test_the_drawing_shows_the_scanner(degrees, direction):
+    """A point on the drawn line from the source to a bin is seen by that bin."""
+    scanner = make_scanner({
+        "source_distance_mm": conventions.S, "detector_distance_mm": conventions.D,
+        "detector_pitch_mm": conventions.PITCH, "detector_offset_mm": conventions.OFFSET,
+        "detector_count": conventions.BINS, "field_of_view_mm": conventions.FIELD, "size": 72,
+        "angles": [degrees], "direction": "ccw" if direction == 1 else "cw"})
+    source, bins = conventions.places(degrees, direction)
+    for index in (1, 3, 4):
+        right, up = source + conventions.S / (conventions.S + conventions.D) * (bins[index] - source)
+        image = torch.zeros(1, 1, 72, 72)
+        image[0, 0, int(36 - up / 5), int(36 + right / 5)] = 1
+        assert Degradation(scanner).project(image, 1)[0, 0, 0].argmax() == index
+
+
+def test_the_drawing_is_what_its_script_draws(tmp_path, call):
+    call(conventions.main, "--out", tmp_path / "c.svg")
+    drawn = (tmp_path / "c.svg").read_text()
+    assert all(name in drawn for name in ("source_distance_mm", "detector_offset_mm", "source at 40")) and \
+        len(drawn) < 50_000
