@@ -13,7 +13,7 @@ import numpy as np
 import pydicom
 
 from datasets.ctpd import Scan
-from datasets.rebin import Rebinned, compiled
+from datasets.rebin import Rebinned
 from utils.cli import Parser, script
 from utils.device import memory
 from utils.progress import Progress
@@ -75,7 +75,6 @@ def main(argv: list[str] | None = None) -> None:
         scan = make_scan(args.turns, args.views, args.rows, args.columns, str(path) if args.files else "")
         write_view(path, scan.pixels)
         lines = Rebinned(scan)
-        compiled()
         lines[0]
         count = min(args.slices or len(lines), len(lines) - 1)
         wall, cpu = time.perf_counter(), time.process_time()

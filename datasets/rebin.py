@@ -12,7 +12,8 @@ S = (rho + drho) e(phi + dphi), dz above it, and a cell of column j and row k is
 s = S_x cos w + S_y sin w from the axis, to which it is nearest m = -S . (sin w, -cos w) behind the source. The ideal
 fan holds it at gamma = arcsin(s / rho), lambda = w - gamma: lambda - phi and gamma depend on column and state of the
 spot alone. At the axis it is z + dz (1 - m/L) + (cy - k) dv m/L high, so that the plane z_s reads the row
-k = cy - (z_s - z - dz (1 - m/L)) L / (m dv), times L / sqrt(L^2 + ((cy - k) dv - dz)^2) for its slant.
+k = cy - (z_s - z - dz (1 - m/L)) L / (m dv), times L / sqrt(L^2 + ((cy - k) dv - dz)^2) for its slant. Turns that see
+a ray are averaged, less where the plane nears the detector's edge; where all do, the ray that runs back helps.
 """
 
 import hashlib
@@ -22,7 +23,6 @@ import os
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
-from functools import lru_cache
 from io import BytesIO
 from pathlib import Path
 
@@ -40,19 +40,16 @@ from utils.run_folder import claim, lock
 SINOGRAMS, GEOMETRY = "sinograms.npy", "geometry.json"
 READERS = 4   # threads that read files
 SAME = 0.05   # of a column: places of two states' columns that count as one
-LEAST = 1e-6  # weight of a ray from beside the plane
 FULL = 0.05   # mm: a scan that moves less is axial
 CONE = math.radians(1.2)  # of an axial scan: planes farther from the source's need another reconstruction
 
 
-def keys(f):
-    """Weights of the values at -1, 0, 1, 2 for the place f in [0, 1]: cubic convolution (Keys 1981, a = -1/2)."""
-    return (((2 - f) * f - 1) * f / 2, ((3 * f - 5) * f * f + 2) / 2, ((4 - 3 * f) * f + 1) * f / 2,
-            (f - 1) * f * f / 2)
-
-
 def rays(scan: Scan) -> dict[str, np.ndarray]:
-    """Of each state and column (states, columns), for phi = 0: lambda, gamma (radians), m and L (mm)."""
+    """Of each state and column (states, columns), for phi = 0: lambda, gamma (radians), m and L (mm).
+
+    The first two have as many rows again: the same lines run through from their other end, at lambda + 2 gamma + pi and
+    -gamma.
+    """
     dphi, _, drho = scan.states.T[:, :, None]
     source = (scan.rho + drho) * np.stack([-np.sin(dphi), np.cos(dphi)])
     alpha, reach = scan.cells()
@@ -60,108 +57,24 @@ def rays(scan: Scan) -> dict[str, np.ndarray]:
     L = np.hypot(*way)
     w = np.arctan2(way[0], -way[1])
     gamma = np.arcsin((source[0] * np.cos(w) + source[1] * np.sin(w)) / scan.rho)
-    return {"lam": w - gamma, "gamma": gamma, "m": -(source * way).sum(0) / L, "L": L}
+    lam = w - gamma
+    return {"lam": np.vstack([lam, lam + 2 * gamma + math.pi]), "gamma": np.vstack([gamma, -gamma]),
+            "m": -(source * way).sum(0) / L, "L": L}
 
 
 def merged(gamma: np.ndarray, bins: np.ndarray) -> dict[str, np.ndarray]:
     """Places (radians) of all states' columns on the ideal fan as one row of nodes, those at nearly one place as one.
 
-    node (states, columns): which one each column adds to; place: of the nodes; cell, of each bin the node before it.
+    node (states, columns): which one each column adds to; place: of the nodes; cell: of each bin the node before it.
     """
     order = np.argsort(gamma, axis=None)
     sorted_ = gamma.ravel()[order]
-    number = np.cumsum(np.diff(sorted_, prepend=sorted_[0]) > SAME * np.median(np.diff(gamma)))
+    number = np.cumsum(np.diff(sorted_, prepend=sorted_[0]) > SAME * np.median(np.abs(np.diff(gamma))))
     node = np.empty(gamma.size, int)
     node[order] = number
     place = np.bincount(number, sorted_) / np.bincount(number)
     cell = np.clip(np.searchsorted(place, bins, "right") - 1, 0, len(place) - 2)
     return {"node": node.reshape(gamma.shape), "place": place, "cell": cell}
-
-
-@lru_cache
-def compiled():
-    """(project, gather, spread), compiled: threads call them at once, each for some views."""
-    from numba import njit  # takes a second
-
-    cubic = njit(keys)
-
-    @njit(nogil=True)
-    def project(lines, slots, state, heights, ring, z_s, dz, dv, cy, m, L):
-        """lines (views, columns): the rays of views in the ring that pass through the plane z_s."""
-        rows = ring.shape[1]
-        for v in range(len(slots)):
-            s, view = state[v], ring[slots[v]]
-            for j in range(lines.shape[1]):
-                k = cy - (z_s - heights[v] - dz[s] * (1 - m[s, j] / L[s, j])) * L[s, j] / (m[s, j] * dv)  # from 1
-                k = min(max(k, 1.0), float(rows))
-                row = min(int(k) - 1, max(rows - 2, 0))
-                value = view[row, j]
-                if rows > 1:
-                    value += (k - 1 - row) * (view[row + 1, j] - value)
-                slant = (cy - k) * dv - dz[s]
-                lines[v, j] = value * L[s, j] / math.sqrt(L[s, j] * L[s, j] + slant * slant)
-
-    @njit(nogil=True)
-    def turns(angle, lines, j, phi, heights, z_s, middle, half):
-        """(mean of the turns at an angle of column j, its weight): cubic between views, cos^2 in height."""
-        total, norm, nearest, outer, last = 0.0, 0.0, np.inf, 0.0, len(phi) - 1
-        step = (phi[last] - phi[0]) / last
-        angle += 2 * math.pi * math.ceil((phi[0] - angle) / (2 * math.pi))
-        while angle <= phi[last]:
-            i = min(int((angle - phi[0]) / step), last - 1)
-            while phi[i] > angle:
-                i -= 1
-            while phi[i + 1] < angle:
-                i += 1
-            f = (angle - phi[i]) / (phi[i + 1] - phi[i])
-            q = abs(z_s - heights[i] - f * (heights[i + 1] - heights[i]) - middle) / half
-            w = 1.0 if q < 0.5 else math.cos(math.pi * (q - 0.5)) ** 2 if q < 1 else 0.0
-            if w > 0 or q < nearest:
-                value = 0.0
-                for tap, share in enumerate(cubic(f)):
-                    value += share * lines[min(max(i + tap - 1, 0), last), j]
-                total += w * value
-                norm += w
-                if q < nearest:
-                    nearest, outer = q, value
-            angle += 2 * math.pi
-        if norm < LEAST:  # the plane is beside the detector in every turn: the nearest one's outer row
-            return outer, LEAST
-        return total / norm, norm
-
-    @njit(nogil=True)
-    def interpolate(out, bins, x, y, cell):
-        """out: a row of nodes y at x by cubics with the slopes of modified Akima interpolation, at the bins."""
-        n = len(x)
-        d, slope = np.zeros(n + 3), np.empty(n)  # of the gaps, two more to each side
-        for i in range(n - 1):
-            d[i + 2] = (y[i + 1] - y[i]) / (x[i + 1] - x[i])
-        for i in range(n):
-            w1 = abs(d[i + 3] - d[i + 2]) + abs(d[i + 3] + d[i + 2]) / 2
-            w2 = abs(d[i + 1] - d[i]) + abs(d[i + 1] + d[i]) / 2
-            slope[i] = (w1 * d[i + 1] + w2 * d[i + 2]) / (w1 + w2) if w1 + w2 > 0 else 0.0
-        for b in range(len(bins)):
-            i = cell[b]
-            h = x[i + 1] - x[i]
-            t = min(max((bins[b] - x[i]) / h, 0.0), 1.0)
-            out[b] = (1 - t) ** 2 * ((1 + 2 * t) * y[i] + t * h * slope[i]) + t * t * (
-                (3 - 2 * t) * y[i + 1] - (1 - t) * h * slope[i + 1])
-
-    @njit(nogil=True)
-    def gather(out, lams, bins, lines, phi, heights, first, z_s, lam, middle, half, node, place, cell):
-        """out (lams, bins): the ideal fan's views at angles lams, from lines of views ordered by state."""
-        for t in range(len(lams)):
-            total, norm = np.zeros(len(place)), np.zeros(len(place))
-            for s in range(len(lam)):
-                own = slice(first[s], first[s + 1])
-                for j in range(lam.shape[1]):
-                    value, weight = turns(lams[t] - lam[s, j], lines[own], j, phi[own], heights[own], z_s, middle[s, j],
-                                          half[s, j])
-                    total[node[s, j]] += weight * value
-                    norm[node[s, j]] += weight
-            interpolate(out[t], bins, place, total / norm, cell)
-
-    return project, gather
 
 
 class Rebinned:
@@ -181,8 +94,12 @@ class Rebinned:
         self.half = scan.rows * scan.dv * part / 2
         self.middle = dz[:, None] * (1 - part) + (scan.cy - (scan.rows + 1) / 2) * scan.dv * part
         self.lams, self.bins = math.tau * np.arange(views) / views, scan.cells()[0]
-        self.nodes = merged(self.rays["gamma"], self.bins)
-        self.heights = _heights(scan, spacing, self.half.min(), self.rays["lam"])
+        ways = [merged(gamma, self.bins) for gamma in np.vsplit(self.rays["gamma"], 2)]
+        places = np.array([len(way["place"]) for way in ways])
+        self.nodes = (np.vstack([way["node"] for way in ways]),
+                      np.stack([np.pad(way["place"], (0, places.max() - len(way["place"]))) for way in ways]), places,
+                      np.stack([way["cell"] for way in ways]))
+        self.heights = _heights(scan, spacing, self.half.min(), self.rays["lam"][:len(dz)])
         self.spacing, self.shape = spacing, (len(self.heights), views, scan.columns)
         self.windows = [self._window(z_s) for z_s in self.heights]
         pairs = zip(self.windows, self.windows[1:] + self.windows[-1:], strict=True)
@@ -240,6 +157,8 @@ class Rebinned:
 
     def __getitem__(self, index: int) -> np.ndarray:
         """Line integrals (views, bins) float32 of one plane. Raises Refused where a view cannot be read."""
+        from datasets.rays import gather, project  # compiles, which takes seconds
+
         self._arrived()
         self._request(self.windows[index])
         self._arrived()
@@ -250,12 +169,12 @@ class Rebinned:
         state, z, slots = scan.state[order], scan.z[order], order % self.length
         lines = np.empty((len(order), scan.columns), np.float32)
         out = np.empty(self.shape[1:], np.float32)
-        (project, gather), ray, dz = compiled(), self.rays, scan.states[:, 1].copy()
+        ray, dz = self.rays, scan.states[:, 1].copy()
         self._share(len(order), lambda a, b: project(
             lines[a:b], slots[a:b], state[a:b], z[a:b], self.ring, z_s, dz, scan.dv, scan.cy, ray["m"], ray["L"]))
         self._share(len(out), lambda a, b: gather(
             out[a:b], self.lams[a:b], self.bins, lines, phi, z, first, z_s, ray["lam"], self.middle, self.half,
-            self.nodes["node"], self.nodes["place"], self.nodes["cell"]))
+            *self.nodes))
         return out
 
     def _by_state(self, low: int, high: int):
