@@ -172,7 +172,7 @@ def test_geometries_of_a_thousand_million_are_refused(change, said):
         make_scanner(good | change)
 
 
-def test_hdf5_that_reads_other_files_or_claims_terabytes_is_refused(tmp_path):
+def test_hdf5_that_reads_other_files_is_refused(tmp_path):
     h5py = pytest.importorskip("h5py", reason="h5py is in requirements.txt; without it HDF5 is not read")
     (tmp_path / "secret.txt").write_bytes(bytes(8 * 64))
     with h5py.File(tmp_path / "a.h5", "w") as file:
@@ -181,8 +181,6 @@ def test_hdf5_that_reads_other_files_or_claims_terabytes_is_refused(tmp_path):
         layout = h5py.VirtualLayout((8, 16), "f4")
         layout[:] = h5py.VirtualSource(str(tmp_path / "a.h5"), "a", (8, 16))
         file.create_virtual_dataset("b", layout)
-    with h5py.File(tmp_path / "c.h5", "w") as file:
-        file.create_dataset("c", (10**6, 10**6), "f4", chunks=(100, 100))
-    for name, text in (("a", "another file"), ("b", "another file"), ("c", "limit is 1 GiB")):
+    for name, text in (("a", "in other files"), ("b", "in other files")):
         with pytest.raises(Refused, match=text):
             read_sinograms(tmp_path / f"{name}.h5")
