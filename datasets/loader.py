@@ -67,7 +67,8 @@ class Part:
     indices: range             # global sample indices
     slices: list[int]          # which slices these are
     x: torch.Tensor            # they, mu (B, 1, H, W)
-    uniform: list[np.ndarray]  # draws of each for its levels
+    uniform: list[np.ndarray]  # draws of each: levels (1 + 2 hops), scanner (2), noise (3)
+    common: np.ndarray | None = None  # those of the batch's first, for its scanner
 
 
 def load_batch(mu: torch.Tensor, span: tuple[int, int], seed: int, preset, rank: int = 0, processes: int = 1,
@@ -77,14 +78,15 @@ def load_batch(mu: torch.Tensor, span: tuple[int, int], seed: int, preset, rank:
     mu: all slices (N, 1, H, H); preset: fields of a models.presets.Preset; pin: for asynchronous copies to a GPU.
     """
     parts, weight = shares(*span, rank, processes, preset.accumulate)
-    loaded, draws = [], 1 + 2 * preset.hops
+    loaded, draws = [], 1 + 2 * preset.hops + 2 + 3  # levels, scanner, noise
     common = sample_at(span[0], len(mu), seed, draws)[2]
     for indices in parts:
         order, symmetry, uniform = zip(*(sample_at(i, len(mu), seed, draws) for i in indices), strict=True)
         x = mu[list(order)]
         x = flip_and_turn(x, symmetry) if preset.augment else x
         levels = uniform if preset.per_sample_levels else [common] * len(x)  # else one t and one t' a batch
-        loaded.append(Part(indices, [int(i) for i in order], x.pin_memory() if pin else x, list(levels)))
+        loaded.append(Part(indices, [int(i) for i in order], x.pin_memory() if pin else x, list(levels),
+                           common))
     return span, loaded, weight
 
 

@@ -65,7 +65,10 @@ def writing(out: Path):
 
 def hash16(data: bytes | Path) -> str:
     """16 hexadecimal digits of the SHA-256 of bytes, or of a file's content."""
-    return hashlib.sha256(data.read_bytes() if isinstance(data, Path) else data).hexdigest()[:16]
+    if isinstance(data, Path):
+        with open(data, "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()[:16]
+    return hashlib.sha256(data).hexdigest()[:16]
 
 
 def write_table(path: Path, header, rows) -> None:
