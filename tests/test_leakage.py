@@ -33,7 +33,7 @@ def test_an_evaluation_says_what_took_part_in_training(data, trained, tmp_path, 
     last, found = go(data / "train_img")
     assert last.startswith("Warning: 8 of these slices and 2 of their patients, by name, took part in the training")
     assert found == {'{"slices": 8, "patients": 2}'}
-    last, found = go(write_slices(tmp_path / "new", "C", 1, 48))
+    last, found = go(write_slices(tmp_path / "new", "C", 1, 64))
     assert found == {'{"slices": 0, "patients": 0}'} and "took part" not in last
     other = tmp_path / "other"
     other.mkdir()
