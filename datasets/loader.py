@@ -7,38 +7,41 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from datasets.leakage import traces
 from datasets.slices import evenly_spaced, find_slices, fingerprint, patients_of, read_slices, remarks, split_by_patient
 from utils.distributed import shares
+from utils.errors import printable
 from utils.units import hu_to_mu
 
 
 def load_slices(data, val_fraction: float, val_slices: int, seed: int, multiple: int, strict: bool,
                 trust: bool = False, source: str | None = None):
-    """((names, mu), (names, mu), fingerprints) of training and validation slices; mu: (N, 1, H, H) float32, 1/cm.
+    """((names, mu), (names, mu), fingerprints, traces) of training and validation slices; mu: (N, 1, H, H) in 1/cm.
 
     val_slices: how many validate, spread evenly over theirs; 0: all. trust, source: as of datasets.slices. What is odd
-    about the slices is said.
+    about the slices is said. Traces: of the training slices, as datasets.leakage makes them.
     """
     train = find_slices(data, "train")
     one_folder = train[0].parent == Path(data)
     train, val = (split_by_patient(train, val_fraction, seed, source) if one_folder
                   else (train, find_slices(data, "val")))
-    splits, prints, owners = [], [], []
+    splits, prints, owners, left = [], [], [], []
     for files, part in ((train, "train"), (val, "validate")):
         files, hu = read_slices(files, multiple, strict, trust)
         if val_slices and splits:
             chosen = evenly_spaced(len(hu), val_slices)
             files, hu = [files[i] for i in chosen], hu[chosen]
         owners.append(set(patients_of(files, source)))
+        left.append(traces(files, hu, source))
         print(f"{len(files)} slices of {len(owners[-1])} patient(s) {part}.")
         for text in remarks(files, hu) if source is None else ():
             print(f"Warning: {text}")
         prints.append(fingerprint(files, hu))
         splits.append(([f.name for f in files], hu_to_mu(torch.from_numpy(hu))[:, None]))
     if common := owners[0] & owners[1]:
-        print(f"Warning: {len(common)} patient(s) train and validate, such as {min(common)}; validation looks better "
-              "than it is.")
-    return *splits, prints
+        print(f"Warning: {len(common)} patient(s) train and validate, such as {printable(min(common))}; validation "
+              "looks better than it is.")
+    return *splits, prints, left[0]
 
 
 def batches(count: int, batch: int, images: int):

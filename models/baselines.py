@@ -16,7 +16,9 @@ def fbp(degrade, y, size):
 
 
 def fbp_fdk(degrade, y, size):
-    """Filtered backprojection with the weights of a true fan beam."""
+    """Filtered backprojection with the weights of a true fan beam, which those of a real scanner are anyway."""
+    if degrade.scanner.shares(y.shape[-2]) is not None:
+        return fbp(degrade, y, size)
     operator = degrade.scanner.projector(size, degrade.scanner.theta(y.shape[-2]), weights="fdk")
     return operator.backprojection(operator.filter_sinogram(y))
 

@@ -4,6 +4,7 @@ import torch
 from torch_radon.solvers import cgne
 
 from models.degradation import Degradation
+from models.graphs import directly
 
 # When sampling. On validation slices 8 lose 0.1 / 0.3 / 0.6 dB at 18 / 36 / 72 views and 32 gain 0.0 / 0.1 / 0.2.
 ITERATIONS = 16
@@ -31,18 +32,25 @@ def data_consistency(degrade: Degradation, y, iterations: int, photons=None, ele
         return x
 
     def solve(x0_hat, slices):
-        measured, stop = [y[i] for i in slices], {}
+        measured = [y[i] for i in slices]
         views = [p.shape[-2] for p in measured]
         ragged, size = len(set(views)) > 1, x0_hat.shape[-1]
         operator = degrade.operator(size, views if ragged else views[0])
         measured = operator.pad(measured) if ragged else torch.stack(measured)
-        if photons is not None:
-            I0, counts = (torch.stack([v[i] for i in slices]).view(-1, 1, 1, 1) if isinstance(v, torch.Tensor) else v
-                          for v in (photons, electronic))
-            sigma = deviation(measured, I0, degrade.scanner.pixel_cm(size), counts)
-            there = operator.exists(x0_hat.device)[:, None] if ragged else 1.0
-            stop = {"target": (there * sigma).sum((-2, -1), keepdim=True), "target_weights": there / sigma}
-        return cgne(operator, x0_hat, measured, max_iter=iterations, **stop)
+        noise = [torch.stack([v[i] for i in slices]).view(-1, 1, 1, 1) if isinstance(v, torch.Tensor) else v
+                 for v in (photons, electronic)]
+
+        def fit(x0_hat, measured):
+            stop = {}
+            if photons is not None:
+                sigma = deviation(measured, noise[0], degrade.scanner.pixel_cm(size), noise[1])
+                there = operator.exists(x0_hat.device)[:, None] if ragged else 1.0
+                stop = {"target": (there * sigma).sum((-2, -1), keepdim=True), "target_weights": there / sigma}
+            return cgne(operator, x0_hat, measured, max_iter=iterations, **stop)
+
+        key = "dc", degrade, iterations, photons, electronic
+        graphs = directly if ragged or isinstance(photons, torch.Tensor) else degrade.graphs
+        return graphs(key, fit, x0_hat, measured)
 
     return dc if iterations else None
 

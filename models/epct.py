@@ -10,7 +10,7 @@ from datasets.loader import Part
 from models.consistency import data_consistency
 from models.degradation import Degradation
 from models.drawn import add_noise, draw_noise, draw_views
-from models.estimate import anchored_residual
+from models.estimate import anchored_residual, on_device
 from models.levels import LEVELS, chain_levels, condition
 from models.presets import Preset
 
@@ -50,7 +50,7 @@ def compose(degrade: Degradation, x_t: torch.Tensor, n_t: list[int], x0_hat: tor
 
 
 def _at_level_0(n_t: list[int], like: torch.Tensor) -> torch.Tensor:
-    return torch.tensor([n >= LEVELS[0] for n in n_t], device=like.device).view(-1, 1, 1, 1)
+    return on_device([n >= LEVELS[0] for n in n_t], like.device).view(-1, 1, 1, 1)
 
 
 @dataclass
@@ -110,7 +110,7 @@ def network_input(chain: Chain, network, preset: Preset) -> tuple[torch.Tensor, 
     The second channel is ReCo-Diff's tanh(x_t - D(x0_hat, n_t)), x0_hat = R([x_t, 0], t) without gradient; 0 where x_t
     is an estimate itself (arXiv 2603.02691). Or, anchored, RBG-Diff's, from the estimate before; 0 in the first call.
     """
-    t = torch.tensor([condition(n, preset.conditioning) for n in chain.n_t], device=chain.x_t.device)
+    t = on_device([condition(n, preset.conditioning) for n in chain.n_t], chain.x_t.device)
     told = (t,) if chain.photons is None else (t, chain.photons)
     if preset.channels == 1:
         return chain.x_t, *told

@@ -73,8 +73,7 @@ class Preset:
     # validation and what is published
     publish: Annotated[Literal["raw", "ema"], "which weights validation measures and checkpoint.safetensors holds"] = \
         "raw"
-    val_sampler: Annotated[Literal[*SAMPLERS], "sampler of the validation, with the preset's data consistency"] = \
-        "sequential"
+    val_sampler: Annotated[Literal[*SAMPLERS], "sampler of the validation"] = "sequential"
     val_slices: Annotated[int, "slices, evenly spread over the validation set; 0: all"] = 0
     val_every: Annotated[int, "images between validations; 0: after passes 0, 3, 6, ... and the last"] = 0
     save_every: Annotated[int, "images between checkpoints"] = 4000

@@ -36,10 +36,8 @@ class Trainer:
         self.preset, self.seed, self.steps, self.device = preset, seed, steps, device
         self.network, self.ema, self.optimizer = build(preset, seed, device, init)
         self.step, self.lr = 0, 0.0
-        bf16 = preset.precision == "bf16" and bf16_pays(device)
-        if bf16 != (preset.precision == "bf16"):
-            print("This processor has no bf16 arithmetic: training in fp32.")
-        self.autocast = torch.autocast(torch.device(device).type, torch.bfloat16, enabled=bf16)
+        self.autocast = torch.autocast(torch.device(device).type, torch.bfloat16,
+                                       enabled=preset.precision == "bf16" and bf16_pays(device))
         network = self.network.train()
         self.model = DistributedDataParallel(network) if processes > 1 else network  # what is called
 

@@ -6,10 +6,12 @@ import re
 import shlex
 import shutil
 
+import h5py
 import numpy as np
 import pytest
 from conftest import ROOT, make_dicom, make_series
-from test_scanner import FAN, line_integrals
+from scipy.io import savemat
+from test_scanner import FAN, PARALLEL, line_integrals
 
 from models.checkpoint import save_checkpoint, save_published
 from models.scanner import make_scanner
@@ -25,7 +27,8 @@ LAUNCHER = re.compile(r"(?:torchrun --nproc-per-node \d+ |python )(?:-m )?(?=\S+
 OTHER = ("bash test.sh", "bash train.sh", ". .venv/bin/activate", "pip install astra-toolbox")
 # Minutes to hours, many slices or a download: their flags are checked.
 LONG = (r"train.py --preset (tiny|real|paper|base)(?!.*--dry-run)", r"benchmarks\.\w+", r"fig.framework",
-        r"test.py .*(--limit (8|16)|cvg-diff)", r"test.py --data DATA --out results/test")
+        r"test.py .*(--limit (8|16)|cvg-diff)", r"test.py --data DATA --out results/test",
+        r"datasets.rebin", r"(test.py --data|reconstruct.py) (FAN|PROJECTIONS)")
 
 
 def commands() -> list[str]:
@@ -64,6 +67,27 @@ def test_a_long_command_has_flags_that_exist(command, monkeypatch):
     assert stopped.value.code == 0
 
 
+def measured_files(folder, fan):
+    """Scans of docs/scans.md: scan.h5 and other.h5 of a beamline, with beamline.json, and scan.mat with fan.json."""
+    parallel = PARALLEL | {"angles": {"start": 0, "step": 4, "count": 45}, "detector_count": 160,
+                           "detector_pitch_mm": 3.2, "size": 32}
+    counts = np.exp(-line_integrals(make_scanner(parallel)))[:, None] * 5000
+    angles = np.arange(0, 180, 4.0)
+    for name, data, white, black, theta in (
+            ("scan.h5", *(f"exchange/{key}" for key in ("data", "data_white", "data_dark", "theta"))),
+            ("other.h5", "raw/images", "raw/white", "raw/black", "raw/angle")):
+        with h5py.File(folder / name, "w") as file:
+            file[data], file[white], file[black] = counts, np.full((2, 1, 160), 5000.0), np.zeros((2, 1, 160))
+            file[theta] = angles
+    told = {key: parallel[key] for key in ("beam", "detector_pitch_mm", "field_of_view_mm", "size")}
+    (folder / "beamline.json").write_text(json.dumps(told))
+    savemat(folder / "scan.mat", {"CtData": {"sinogram": line_integrals(make_scanner(fan)),
+                                             "angles": np.radians(np.arange(0, 360, 5.0))}})
+    in_cm = {key.removesuffix("_mm"): value / 10 if key.endswith("_mm") else value for key, value in fan.items()
+             if key not in ("angles", "detector_count")}
+    (folder / "fan.json").write_text(json.dumps(in_cm | {"length_unit": "cm", "angle_unit": "radian"}))
+
+
 @pytest.fixture
 def places(data, tmp_path, monkeypatch):
     """What the words in capitals and the paths of the pages stand for."""
@@ -76,6 +100,7 @@ def places(data, tmp_path, monkeypatch):
     fields = FAN | {"angles": {"start": 0, "step": 5, "count": 72}, "size": 32}
     np.save(tmp_path / "scan.npy", line_integrals(make_scanner(fields)))
     (tmp_path / "scanner.json").write_text(json.dumps(fields))
+    measured_files(tmp_path, fields)
     plain = UNet(UNetConfig(width=32))
     save_published(tmp_path / "in.pkl", plain)
     save_checkpoint(tmp_path / "paper.safetensors", plain.state_dict(), plain.config, {})
@@ -88,6 +113,7 @@ def places(data, tmp_path, monkeypatch):
         {"method": "fbp", "views": n, "window": [3000, 500], "psnr": n, "nfe": 0} for n in (18, 36)]))
     monkeypatch.chdir(ROOT)
     return {"SERIES": tmp_path / "one", "INPUT...": tmp_path / "series", "AAPM": tmp_path / "aapm",
+            **{name: tmp_path / name for name in ("scan.h5", "other.h5", "scan.mat", "beamline.json", "fan.json")},
             "scan.npy": tmp_path / "scan.npy", "scanner.json": tmp_path / "scanner.json", "IN.pkl": tmp_path / "in.pkl",
             "OUT.safetensors": tmp_path / "out.safetensors", "OUT.pkl": tmp_path / "out.pkl", "runs/mine": run,
             "results/test": results, "runs/mine/checkpoint.safetensors": ROOT / "models" / "tiny.safetensors",

@@ -15,9 +15,10 @@ SCRIPTS = ("train.py", "test.py", "reconstruct.py")
 MAY_IMPORT = {"scripts": {"models", "datasets", "utils"}, "models": {"models", "datasets", "utils"},
               "datasets": {"datasets", "utils"}, "utils": {"utils"}}
 PARSERS = ("train", "test", "reconstruct", "datasets.prepare", "datasets.look", "datasets.preprocess_aapm",
-           "models.convert", "fig.plot_run", "fig.quantitative", "fig.framework", "fig.tables", "benchmarks.ablation",
-           "benchmarks.robustness", "benchmarks.bench_sampling", "benchmarks.bench_projector", "benchmarks.bench_train",
-           "benchmarks.bench_prepare", "benchmarks.gpu", "benchmarks.scanners")
+           "datasets.rebin", "models.convert", "fig.plot_run", "fig.quantitative", "fig.framework", "fig.tables",
+           "benchmarks.ablation", "benchmarks.robustness", "benchmarks.bench_sampling", "benchmarks.bench_projector",
+           "benchmarks.bench_train", "benchmarks.bench_prepare", "benchmarks.bench_rebin", "benchmarks.compare",
+           "benchmarks.gpu", "benchmarks.scanners")
 
 
 def sources() -> dict[str, ast.Module]:

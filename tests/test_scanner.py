@@ -12,8 +12,9 @@ import torch
 from conftest import run
 from pydicom.uid import ExplicitVRLittleEndian, ImplicitVRLittleEndian
 
+from datasets.ctpd import is_projections
 from datasets.dicom import Refused
-from datasets.sinograms import is_projections, read_sinograms
+from datasets.sinograms import read_sinograms
 from models.consistency import data_consistency
 from models.degradation import Degradation
 from models.reconstructor import Reconstructor
@@ -217,6 +218,7 @@ def write_projections(folder, lines, scanner, syntax=ExplicitVRLittleEndian, ski
         view.BitsAllocated = view.BitsStored = 16
         view.HighBit, view.PixelRepresentation = 15, 0
         view.RescaleSlope, view.RescaleIntercept, view.DataCollectionDiameter = f"{slope:.8e}", 0, 360
+        view.PatientPosition = "FFS"  # phi grows clockwise as displayed
         view.PixelData = np.rint(lines[number] / slope).astype("<u2").tobytes()
         angle = (0x70311001, "FL", float(np.radians(scanner.angles[number])))
         for name, (tag, kind, value) in ({"angle": angle} | tags).items():

@@ -1,0 +1,411 @@
+"""Helical, multi-row CT to fan-beam sinograms of planes: `python -m datasets.rebin SCAN --out DIR`.
+
+SCAN is a folder of DICOM-CT-PD projections, a patient of TCIA's LDCT-and-Projection-data. DIR gets sinograms.npy,
+(slices, views, bins) line integrals from feet to head, geometry.json, the fan beam that they belong to, and, where the
+scan tells them, photons.npy, photons of each bin without a patient. reconstruct.py and test.py read such a folder.
+With --truth, test_img/ gets the FBP of all views, HU, and a manifest. The same command again does only what is missing.
+
+Single-slice rebinning along the exact rays (Noo, Defrise, Clackdoyle, Phys. Med. Biol. 44, 1999, with the flying focal
+spot besides). Azimuth a points to e(a) = (-sin a, cos a). The detector's focal centre is F = rho e(phi), the source
+S = (rho + drho) e(phi + dphi), dz above it, and a cell of column j and row k is D = F + d_j e(phi + pi + alpha_j),
+(cy - k) dv above it. In the plane the ray has the length L = |D - S|, the direction (sin w, -cos w) and the distance
+s = S_x cos w + S_y sin w from the axis, to which it is nearest m = -S . (sin w, -cos w) behind the source. The ideal
+fan holds it at gamma = arcsin(s / rho), lambda = w - gamma: lambda - phi and gamma depend on column and state of the
+spot alone. At the axis it is z + dz (1 - m/L) + (cy - k) dv m/L high, so that the plane z_s reads the row
+k = cy - (z_s - z - dz (1 - m/L)) L / (m dv), times L / sqrt(L^2 + ((cy - k) dv - dz)^2) for its slant.
+"""
+
+import hashlib
+import json
+import math
+import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
+from io import BytesIO
+from pathlib import Path
+
+import numpy as np
+
+from datasets.ctpd import POSITIONS, Scan, read_scan
+from datasets.prepare import COLUMNS
+from datasets.series import Refused
+from utils.cli import Parser, script
+from utils.errors import InputError, Stopped
+from utils.files import atomic, hash16, write_table, writing
+from utils.progress import Progress
+from utils.run_folder import claim, lock
+
+SINOGRAMS, GEOMETRY = "sinograms.npy", "geometry.json"
+READERS = 4   # threads that read files
+SAME = 0.05   # of a column: places of two states' columns that count as one
+LEAST = 1e-6  # weight of a ray from beside the plane
+FULL = 0.05   # mm: a scan that moves less is axial
+CONE = math.radians(1.2)  # of an axial scan: planes farther from the source's need another reconstruction
+
+
+def keys(f):
+    """Weights of the values at -1, 0, 1, 2 for the place f in [0, 1]: cubic convolution (Keys 1981, a = -1/2)."""
+    return (((2 - f) * f - 1) * f / 2, ((3 * f - 5) * f * f + 2) / 2, ((4 - 3 * f) * f + 1) * f / 2,
+            (f - 1) * f * f / 2)
+
+
+def rays(scan: Scan) -> dict[str, np.ndarray]:
+    """Of each state and column (states, columns), for phi = 0: lambda, gamma (radians), m and L (mm)."""
+    dphi, _, drho = scan.states.T[:, :, None]
+    source = (scan.rho + drho) * np.stack([-np.sin(dphi), np.cos(dphi)])
+    alpha, reach = scan.cells()
+    way = np.stack([reach * np.sin(alpha) + 0 * dphi, scan.rho - reach * np.cos(alpha) + 0 * dphi]) - source
+    L = np.hypot(*way)
+    w = np.arctan2(way[0], -way[1])
+    gamma = np.arcsin((source[0] * np.cos(w) + source[1] * np.sin(w)) / scan.rho)
+    return {"lam": w - gamma, "gamma": gamma, "m": -(source * way).sum(0) / L, "L": L}
+
+
+def merged(gamma: np.ndarray, bins: np.ndarray) -> dict[str, np.ndarray]:
+    """Places (radians) of all states' columns on the ideal fan as one row of nodes, those at nearly one place as one.
+
+    node (states, columns): which one each column adds to; place: of the nodes; cell, of each bin the node before it.
+    """
+    order = np.argsort(gamma, axis=None)
+    sorted_ = gamma.ravel()[order]
+    number = np.cumsum(np.diff(sorted_, prepend=sorted_[0]) > SAME * np.median(np.diff(gamma)))
+    node = np.empty(gamma.size, int)
+    node[order] = number
+    place = np.bincount(number, sorted_) / np.bincount(number)
+    cell = np.clip(np.searchsorted(place, bins, "right") - 1, 0, len(place) - 2)
+    return {"node": node.reshape(gamma.shape), "place": place, "cell": cell}
+
+
+@lru_cache
+def compiled():
+    """(project, gather, spread), compiled: threads call them at once, each for some views."""
+    from numba import njit  # takes a second
+
+    cubic = njit(keys)
+
+    @njit(nogil=True)
+    def project(lines, slots, state, heights, ring, z_s, dz, dv, cy, m, L):
+        """lines (views, columns): the rays of views in the ring that pass through the plane z_s."""
+        rows = ring.shape[1]
+        for v in range(len(slots)):
+            s, view = state[v], ring[slots[v]]
+            for j in range(lines.shape[1]):
+                k = cy - (z_s - heights[v] - dz[s] * (1 - m[s, j] / L[s, j])) * L[s, j] / (m[s, j] * dv)  # from 1
+                k = min(max(k, 1.0), float(rows))
+                row = min(int(k) - 1, max(rows - 2, 0))
+                value = view[row, j]
+                if rows > 1:
+                    value += (k - 1 - row) * (view[row + 1, j] - value)
+                slant = (cy - k) * dv - dz[s]
+                lines[v, j] = value * L[s, j] / math.sqrt(L[s, j] * L[s, j] + slant * slant)
+
+    @njit(nogil=True)
+    def turns(angle, lines, j, phi, heights, z_s, middle, half):
+        """(mean of the turns at an angle of column j, its weight): cubic between views, cos^2 in height."""
+        total, norm, nearest, outer, last = 0.0, 0.0, np.inf, 0.0, len(phi) - 1
+        step = (phi[last] - phi[0]) / last
+        angle += 2 * math.pi * math.ceil((phi[0] - angle) / (2 * math.pi))
+        while angle <= phi[last]:
+            i = min(int((angle - phi[0]) / step), last - 1)
+            while phi[i] > angle:
+                i -= 1
+            while phi[i + 1] < angle:
+                i += 1
+            f = (angle - phi[i]) / (phi[i + 1] - phi[i])
+            q = abs(z_s - heights[i] - f * (heights[i + 1] - heights[i]) - middle) / half
+            w = 1.0 if q < 0.5 else math.cos(math.pi * (q - 0.5)) ** 2 if q < 1 else 0.0
+            if w > 0 or q < nearest:
+                value = 0.0
+                for tap, share in enumerate(cubic(f)):
+                    value += share * lines[min(max(i + tap - 1, 0), last), j]
+                total += w * value
+                norm += w
+                if q < nearest:
+                    nearest, outer = q, value
+            angle += 2 * math.pi
+        if norm < LEAST:  # the plane is beside the detector in every turn: the nearest one's outer row
+            return outer, LEAST
+        return total / norm, norm
+
+    @njit(nogil=True)
+    def interpolate(out, bins, x, y, cell):
+        """out: a row of nodes y at x by cubics with the slopes of modified Akima interpolation, at the bins."""
+        n = len(x)
+        d, slope = np.zeros(n + 3), np.empty(n)  # of the gaps, two more to each side
+        for i in range(n - 1):
+            d[i + 2] = (y[i + 1] - y[i]) / (x[i + 1] - x[i])
+        for i in range(n):
+            w1 = abs(d[i + 3] - d[i + 2]) + abs(d[i + 3] + d[i + 2]) / 2
+            w2 = abs(d[i + 1] - d[i]) + abs(d[i + 1] + d[i]) / 2
+            slope[i] = (w1 * d[i + 1] + w2 * d[i + 2]) / (w1 + w2) if w1 + w2 > 0 else 0.0
+        for b in range(len(bins)):
+            i = cell[b]
+            h = x[i + 1] - x[i]
+            t = min(max((bins[b] - x[i]) / h, 0.0), 1.0)
+            out[b] = (1 - t) ** 2 * ((1 + 2 * t) * y[i] + t * h * slope[i]) + t * t * (
+                (3 - 2 * t) * y[i + 1] - (1 - t) * h * slope[i + 1])
+
+    @njit(nogil=True)
+    def gather(out, lams, bins, lines, phi, heights, first, z_s, lam, middle, half, node, place, cell):
+        """out (lams, bins): the ideal fan's views at angles lams, from lines of views ordered by state."""
+        for t in range(len(lams)):
+            total, norm = np.zeros(len(place)), np.zeros(len(place))
+            for s in range(len(lam)):
+                own = slice(first[s], first[s + 1])
+                for j in range(lam.shape[1]):
+                    value, weight = turns(lams[t] - lam[s, j], lines[own], j, phi[own], heights[own], z_s, middle[s, j],
+                                          half[s, j])
+                    total[node[s, j]] += weight * value
+                    norm[node[s, j]] += weight
+            interpolate(out[t], bins, place, total / norm, cell)
+
+    return project, gather
+
+
+class Rebinned:
+    """Fan-beam sinograms of a scan's planes, from feet to head: made when one is asked for, an array (N, views, bins).
+
+    Only the views near a plane are in memory, in a ring in which view i takes the place i modulo its length; those of
+    the next plane are read meanwhile.
+    """
+
+    dtype, ndim = np.dtype(np.float32), 3
+
+    def __init__(self, scan: Scan, spacing: float = 1.0, views: int | None = None):
+        """spacing: of the planes, mm. views: of a sinogram, those of a turn if None. Raises Refused."""
+        self.scan, self.rays, views = scan, rays(scan), views or scan.turn
+        part = self.rays["m"] / self.rays["L"]
+        dz = scan.states[:, 1]
+        self.half = scan.rows * scan.dv * part / 2
+        self.middle = dz[:, None] * (1 - part) + (scan.cy - (scan.rows + 1) / 2) * scan.dv * part
+        self.lams, self.bins = math.tau * np.arange(views) / views, scan.cells()[0]
+        self.nodes = merged(self.rays["gamma"], self.bins)
+        self.heights = _heights(scan, spacing, self.half.min(), self.rays["lam"])
+        self.spacing, self.shape = spacing, (len(self.heights), views, scan.columns)
+        self.windows = [self._window(z_s) for z_s in self.heights]
+        pairs = zip(self.windows, self.windows[1:] + self.windows[-1:], strict=True)
+        self.length = max(max(a[1], b[1]) - min(a[0], b[0]) for a, b in pairs)
+        self.axial = np.ptp(scan.z) <= FULL
+        self.ring = None
+        self.held = np.full(self.length, -1)
+        self.coming = []
+        feed = 0 if self.axial else np.ptp(scan.z) / (scan.phi[-1] - scan.phi[0]) * math.tau
+        pitch = feed / (scan.rows * scan.dv * scan.rho / scan.d0)
+        self.notes = (f"its pitch is {pitch:.2f}: where no turn sees a plane, the nearest row stands in",) * int(
+            pitch > 1.05)
+        self.readers, self.workers = ThreadPoolExecutor(READERS), ThreadPoolExecutor(os.cpu_count() or 1)
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def geometry(self) -> dict:
+        """The geometry file's fields, and the height of the first plane."""
+        return self.scan.geometry() | {
+            "angles": {"start": 0.0, "step": 360 / self.shape[1], "count": self.shape[1]},
+            "slice_spacing_mm": self.spacing, "first_slice_mm": self._towards_head(self.heights[0])}
+
+    def _towards_head(self, z):
+        return float(z if self.scan.position.startswith("HF") else -z)
+
+    def _window(self, z_s: float) -> tuple[int, int]:
+        """The views of which a plane may need rays: those that see it, and half a turn to each side."""
+        scan, views = self.scan, len(self.scan.phi)
+        near = np.flatnonzero(np.abs(scan.z - z_s) <= self.half.max() + np.abs(self.middle).max() + 0.01)
+        closest = int(np.abs(scan.z - z_s).argmin())
+        turn = 0.55 * math.tau / (scan.phi[-1] - scan.phi[0]) * (views - 1) + 4 * len(scan.states)
+        low, high = (near[0], near[-1]) if len(near) else (closest, closest)
+        return max(0, min(low, int(closest - turn))), min(views, max(high + 1, int(closest + turn) + 1))
+
+    def _read(self, i: int) -> None:
+        self.ring[i % self.length] = self.scan.view(i)
+
+    def _request(self, window: tuple[int, int]) -> None:
+        if self.ring is None:
+            self.ring = np.empty((self.length, self.scan.rows, self.scan.columns), np.float32)
+        for i in range(*window):
+            if self.held[i % self.length] != i:
+                self.held[i % self.length] = i
+                self.coming.append((i, self.readers.submit(self._read, i)))
+
+    def _arrived(self) -> None:
+        while self.coming:
+            i, future = self.coming.pop()
+            try:
+                future.result()
+            except BaseException:
+                self.held[:] = -1  # all are read anew
+                raise
+
+    def __getitem__(self, index: int) -> np.ndarray:
+        """Line integrals (views, bins) float32 of one plane. Raises Refused where a view cannot be read."""
+        self._arrived()
+        self._request(self.windows[index])
+        self._arrived()
+        if 0 <= index < len(self) - 1:
+            self._request(self.windows[index + 1])
+        scan, (low, high), z_s = self.scan, self.windows[index], float(self.heights[index])
+        order, phi, first = self._by_state(low, high)
+        state, z, slots = scan.state[order], scan.z[order], order % self.length
+        lines = np.empty((len(order), scan.columns), np.float32)
+        out = np.empty(self.shape[1:], np.float32)
+        (project, gather), ray, dz = compiled(), self.rays, scan.states[:, 1].copy()
+        self._share(len(order), lambda a, b: project(
+            lines[a:b], slots[a:b], state[a:b], z[a:b], self.ring, z_s, dz, scan.dv, scan.cy, ray["m"], ray["L"]))
+        self._share(len(out), lambda a, b: gather(
+            out[a:b], self.lams[a:b], self.bins, lines, phi, z, first, z_s, ray["lam"], self.middle, self.half,
+            self.nodes["node"], self.nodes["place"], self.nodes["cell"]))
+        return out
+
+    def _by_state(self, low: int, high: int):
+        """(views low to high, one state after the other; their phi; where each state begins). Axial: a turn more."""
+        scan, order, phi, first = self.scan, [], [], [0]
+        for s in range(len(scan.states)):
+            own = low + np.flatnonzero(scan.state[low:high] == s)
+            again = own[scan.phi[own] + math.tau > scan.phi[own[-1]] + 1e-6] if self.axial else own[:0]
+            order += [own, again]
+            phi += [scan.phi[own], scan.phi[again] + math.tau]
+            first.append(first[-1] + len(own) + len(again))
+        return np.concatenate(order), np.concatenate(phi), np.array(first)
+
+    def _share(self, count: int, work) -> None:
+        """work(first, last) over all threads."""
+        ends = np.linspace(0, count, 4 * (os.cpu_count() or 1) + 1).astype(int)
+        list(self.workers.map(work, ends[:-1], ends[1:]))
+
+
+def _heights(scan: Scan, spacing: float, half: float, lam: np.ndarray) -> np.ndarray:
+    """z of the planes that are seen from everywhere, from feet to head, on multiples of the spacing where it moves."""
+    low, high = scan.z.min(), scan.z.max()
+    angle = scan.phi[-1] - scan.phi[0]
+    if angle < math.tau - 2 * (scan.phi[1] - scan.phi[0]) - 1e-6:
+        raise Refused(f"turns by {math.degrees(angle):.0f} degrees; expected a whole turn of a scan of several rows, a "
+                      "spiral or a flying focal spot")
+    if high - low <= FULL:
+        middle = scan.z.mean()
+        reach = min(half, scan.rho * math.tan(CONE)) if scan.rows > 1 else 0.0
+        steps = np.arange(-int(reach / spacing), int(reach / spacing) + 1)
+        heights = middle + spacing * steps
+    else:
+        edge = (high - low) * (math.pi + np.abs(lam).max()) / angle
+        low, high = low + edge + 0.01, high - edge - 0.01
+        heights = spacing * np.arange(math.ceil(low / spacing), math.floor(high / spacing) + 1)
+        if low > high or not len(heights):
+            raise Refused(f"has no plane that is seen from everywhere: it turns {angle / math.tau:.1f} times")
+    return heights if scan.position.startswith("HF") else heights[::-1]
+
+
+def read_projections(path: Path, position: str | None = None):
+    """(line integrals (N, views, bins), fields of their geometry) of a DICOM-CT-PD folder; said is what was assumed.
+
+    A rotation of one row is as it was measured, all else `Rebinned`. Raises Refused.
+    """
+    scan = read_scan(path, position)
+    _say(path, scan.notes)
+    if scan.rows > 1 or np.ptp(scan.z) > FULL or scan.states.any():
+        lines = Rebinned(scan)
+        return lines, lines.geometry()
+    lines = np.stack([scan.view(i)[0] for i in range(len(scan.phi))])
+    return lines[None], scan.geometry() | {"angles": np.degrees(scan.phi).tolist()}
+
+
+def _say(path, notes):
+    for note in notes:
+        print(f"{path.name}: {note}.")
+
+
+def write_sinograms(lines: Rebinned, out: Path) -> None:
+    """OUT/sinograms.npy, slice by slice; what a stopped run has done of it is kept."""
+    partial, header, size = out / ".sinograms.npy", BytesIO(), 4 * lines.shape[1] * lines.shape[2]
+    np.lib.format.write_array_header_1_0(header, {"descr": "<f4", "fortran_order": False, "shape": lines.shape})
+    if (out / SINOGRAMS).is_file():
+        return
+    with writing(partial), open(partial, "ab") as file:
+        done = max(0, file.tell() - header.tell()) // size
+        file.truncate(header.tell() + done * size if done else 0)
+        if not done:
+            file.write(header.getvalue())
+        with Progress(total=len(lines), initial=done, desc="Rebinning", unit="slice") as bar:
+            for i in range(done, len(lines)):
+                file.write(lines[i].astype("<f4").tobytes())
+                bar.update()
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(partial, out / SINOGRAMS)
+
+
+def write_truth(out: Path, size: int, patient: str, heights: list[float], spacing: float) -> None:
+    """OUT/test_img: the FBP of all views by reconstruct.py, a file a slice, and their manifest."""
+    script = Path(__file__).parents[1] / "reconstruct.py"
+    full, folder = out / "full-view", out / "test_img"
+    done = subprocess.run([sys.executable, script, out, "--method", "fbp", "--format", "npy", "--size", str(size),
+                           "--out", full])
+    if done.returncode:
+        raise Stopped("Stopped: the slices of all views were not made; the reason is above.", done.returncode)
+    folder.mkdir(exist_ok=True)
+    rows = []
+    for i, (hu, height) in enumerate(zip(np.load(full / "volume.npy", mmap_mode="r"), heights, strict=True)):
+        path = folder / f"{patient}_{i:03d}.npy"
+        with atomic(path) as partial, open(partial, "wb") as file:
+            np.save(file, hu)
+        rows.append((path.name, patient, i, "full-view FBP", round(height, 4), spacing, "", SINOGRAMS,
+                     hashlib.sha256(path.read_bytes()).hexdigest()))
+    write_table(folder / "manifest.csv", COLUMNS, rows)
+
+
+def arguments() -> Parser:
+    """The flags of python -m datasets.rebin."""
+    parser = Parser("python -m datasets.rebin", __doc__)
+    parser.add_argument("scan", metavar="SCAN", type=Path, help="a folder of DICOM-CT-PD projections")
+    parser.add_argument("--out", metavar="DIR", type=Path, required=True, help="where the sinograms go")
+    parser.add_argument("--spacing", type=float, default=1.0, help="distance of the slices, mm")
+    parser.add_argument("--views", type=int, help="of a sinogram (default: as many as the scan has in a turn)")
+    parser.add_argument("--position", choices=POSITIONS, help="how the patient lay, where the files do not say "
+                        "(default: their PatientPosition)")
+    parser.add_argument("--spectrum", type=int, help="which SpectrumIndex, where there are several (default: the "
+                        "only one)")
+    parser.add_argument("--field", type=float, help="side of the image, mm (default: the files' "
+                        "DataCollectionDiameter)")
+    parser.add_argument("--truth", action="store_true", help="write the FBP of all views too, for test.py")
+    parser.add_argument("--size", type=int, default=256, help="pixels of a side of these")
+    return parser
+
+
+@script
+def main(argv=None) -> int:
+    parser = arguments()
+    args = parser.parse_args(argv)
+    parser.at_least(args, {"spacing": 0.01, "views": 8, "field": 1, "size": 8})
+    if not args.scan.exists():
+        parser.error(f"{args.scan} does not exist")
+    lock(args.out)
+    try:
+        scan = read_scan(args.scan, args.position, args.spectrum)
+        lines = Rebinned(scan, args.spacing, args.views)
+    except Refused as error:
+        raise InputError(f"{args.scan} {error}.") from error
+    _say(args.scan, scan.notes + lines.notes)
+    geometry = lines.geometry() | {"size": args.size} | ({"field_of_view_mm": args.field} if args.field else {})
+    if "field_of_view_mm" not in geometry:
+        raise InputError(f"{args.scan} does not say how wide the image is (DataCollectionDiameter); say it by --field.")
+    source = hash16("\n".join(f"{Path(path).name} {frame}" for path, frame, *_ in scan.files).encode(
+        errors="backslashreplace"))
+    claim(args.out, {"source": source, "geometry": geometry}, "rebinned scan")
+    print(f"{len(scan.phi)} views of {scan.rows} x {scan.columns}, patient {scan.position}: {lines.shape[0]} slices of "
+          f"{lines.shape[1]} views, {args.spacing:g} mm apart.")
+    with atomic(args.out / GEOMETRY) as partial:
+        partial.write_text(json.dumps(geometry, indent=1), encoding="utf-8")
+    if scan.photons is not None:
+        with atomic(args.out / "photons.npy") as partial, open(partial, "wb") as file:
+            np.save(file, scan.photons)
+    write_sinograms(lines, args.out)
+    if args.truth:
+        heights = geometry["first_slice_mm"] + args.spacing * np.arange(len(lines))
+        write_truth(args.out, args.size, scan.patient, heights.tolist(), geometry["field_of_view_mm"] / args.size)
+    print(f"Written: {args.out / SINOGRAMS} and {GEOMETRY}" + ", and test_img" * args.truth + ".")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
