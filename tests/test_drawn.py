@@ -6,6 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT
 
 import train
 from datasets.loader import Part, load_batch
@@ -31,9 +32,9 @@ from models.reconstructor import Reconstructor
 from models.scanner import PublishedScanner, make_scanner
 from models.training import Trainer, build
 from models.unet import UNet
-from models.weights import KNOWN
 from utils.units import pixel_cm
 
+TINY = ROOT / "models" / "tiny.safetensors"
 UNIFORM = (np.arange(8000) + 0.5) / 8000
 SMALL = replace(PRESETS["real"], noise_share=1.0, scanner_share=1.0, images=8, batch=2, hops=1)
 
@@ -134,8 +135,8 @@ def test_a_noisy_measurement_is_the_restore_input_and_what_consistency_fits(scan
 
 
 def test_old_weights_give_the_same_to_the_bit_until_the_network_learns_of_photons():
-    old, _ = load_checkpoint(KNOWN["tiny"])
-    network, _, _ = build(PRESETS["real"], 0, "cpu", KNOWN["tiny"])
+    old, _ = load_checkpoint(TINY)
+    network, _, _ = build(PRESETS["real"], 0, "cpu", TINY)
     network.eval()
     x, t = torch.rand(2, 2, 32, 32) * 0.3, torch.tensor([7.0, 2.5])
     with torch.no_grad():
@@ -156,7 +157,7 @@ def test_old_weights_give_the_same_to_the_bit_until_the_network_learns_of_photon
 
 def test_training_moves_what_tells_the_photons():
     mu = torch.rand(4, 1, 32, 32, generator=torch.Generator().manual_seed(0)) * 0.3
-    trainer = Trainer(SMALL, seed=0, steps=8, device="cpu", init=KNOWN["tiny"])
+    trainer = Trainer(SMALL, seed=0, steps=8, device="cpu", init=TINY)
     for first in (0, 2):
         _, parts, weight = load_batch(mu, (first, first + 2), 0, SMALL)
         trainer.update(parts, weight, 0)
@@ -166,7 +167,7 @@ def test_training_moves_what_tells_the_photons():
 
 def test_a_run_with_noise_and_scanners_resumes_to_the_bit(data, tmp_path, call):
     def run(out, images):
-        return call(train.main, "--preset", "real", "--data", data, "--out", out, "--init", KNOWN["tiny"], "--images",
+        return call(train.main, "--preset", "real", "--data", data, "--out", out, "--init", TINY, "--images",
                     images, "--hops", "1", "--batch", "2", "--noise-share", "0.7", "--scanner-share", "0.7",
                     "--save-every", "2", "--val-slices", "1", "--val-every", "1000", "--device", "cpu")
 
