@@ -217,6 +217,7 @@ def test_rows_of_a_cone_beam_near_its_plane_are_fan_beams(tmp_path, scan):
     heights = (np.arange(40) - 19.5) * 2.2 + 1.1
     assert near == np.flatnonzero(abs(heights) < 1100 * np.tan(np.radians(1.2))).tolist() and len(near) == 21
     assert fan["slice_spacing_mm"] == pytest.approx(2.2 * 600 / 1100) and make_scanner(fan)
+    assert fan["first_slice_mm"] == pytest.approx(heights[near[0]] * 600 / 1100)
     assert "has 19 rows beyond 1.2 degrees" in said and "RTK, TIGRE or LEAP" in said
     assert near_plane(SMALL, 40) == (SMALL, list(range(40)), "")
     parallel = PARALLEL | {"detector_rows": 40, "detector_row_pitch_mm": 2.2}
