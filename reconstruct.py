@@ -283,12 +283,11 @@ def main(argv=None) -> int:
         print(f"The best image leaves {job.checks['residual']:.1%} of the measurement unexplained; 1% is usual.")
     problems, images = list(job.problems), {}
     for method, out in outs.items():
-        header, lost = write_volume.series_header(about(args, job, runs[method]), runs[method]["series_uid"], original,
+        header, odd = write_volume.series_header(about(args, job, runs[method]), runs[method]["series_uid"], original,
                                                   job.patient, args.deidentify, getattr(
                                                       job.scanner, "patient_position", "HFS"))
-        if lost and args.format == "dicom":
-            problems.append(("the original" if args.original else job.names[0], "warning",
-                             f"has attributes that cannot be copied and are left out: {', '.join(lost)}"))
+        name = "the original" if args.original else job.names[0]
+        problems += [(name, "warning", text) for text in odd if args.format == "dicom"]
         found, shown, image = reconstruct(args, job, makers[method], runs[method], out, header)
         write_table(out / "report.csv", ("file", "status", "reason"), dict.fromkeys([*problems, *found]))
         problems += found

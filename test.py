@@ -12,18 +12,22 @@ import json
 import math
 import os
 import sys
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from statistics import mean
 
+from datasets.leakage import met_again, traces
 from datasets.rebin import GEOMETRY
 from datasets.slices import evenly_spaced, find_slices, fingerprint, patients_of, read_slices, remarks
+from fig.flags import add_figure_flags, chosen_slice
+from fig.latex import latex
 from models.baselines import TV_WEIGHT
 from models.levels import FULL_VIEWS
 from models.methods import METHODS
 from models.weights import find_checkpoint
 from utils.cli import Parser, script
-from utils.errors import InputError
+from utils.errors import InputError, printable
 from utils.files import atomic, hash16
 from utils.run_folder import lock
 from utils.units import WINDOWS, hu_to_mu, number
@@ -76,6 +80,7 @@ def parse(argv=None):
                         "full-view pass in D, estimates not clipped (default: the checkpoint's: cvg-official for a "
                         "published file)")
     parser.add_argument("--save-images", action="store_true", help="write reconstructions as HU .npy to OUT/images")
+    add_figure_flags(parser, window)
     parser.add_argument("--strict", action="store_true", help="stop at the first bad slice instead of skipping it")
     parser.add_argument("--trust-hu", action="store_true", help="values are HU even where they do not look so")
     args = parser.parse_args(argv)
@@ -106,50 +111,59 @@ def describe(args, reconstructor, data: str) -> dict:
             **{method: options for method, options in args.options.items() if method in args.methods}}
 
 
-def write_tables(done, patients, run, args) -> list[dict]:
-    """results.csv, summary.json, comparisons.csv and table.md, which is printed too; the summary."""
+def write_tables(done, names, patients, run, again, args) -> list[dict]:
+    """results.csv, summary.json, comparisons.csv, table.tex and table.md, which is printed too; the summary.
+
+    again: of datasets.leakage.met_again.
+    """
     from utils.metrics import METRICS
     from utils.results import table, write_rows
     from utils.statistics import compare, summarize
 
+    methods, views = run["methods"], run["views"]
+    done = {key: done[key] for n in views for m in methods for name in names if (key := (name, m, n)) in done}
     write_rows(args.out / "results.csv", [row for rows in done.values() for row in rows])
-    summary = summarize(done, patients, args.methods, args.views, args.seed)
+    counts = Counter((m, n) for _, m, n in done)
+    done = {(name, m, n): rows for (name, m, n), rows in done.items() if counts[m, n] == len(names)}
+    summary = [row | {"in_training": again} for row in summarize(done, patients, methods, views, args.seed)]
     with atomic(args.out / "summary.json") as partial:
         partial.write_text(json.dumps(summary, indent=1), encoding="utf-8")
-    if len(args.methods) > 1:
-        write_rows(args.out / "comparisons.csv", compare(done, args.methods, args.views))
+    if len(methods) > 1:
+        write_rows(args.out / "comparisons.csv", compare(done, methods, views))
     noise = f", {args.photons:g} photons a ray" if args.photons else ""
     notes = [f"{len(patients)} slices, {len(set(patients))} patient(s), protocol {run['protocol']}, {run['dc']} "
              f"iterations of data consistency a call{noise}."]
-    if "tv" in args.methods:
-        chosen = ", chosen on validation slices" if args.tv_weight == TV_WEIGHT else ""
-        notes.append(f"tv: weight {args.tv_weight:g}{chosen}.")
-    kind = "main memory a process" if args.device == "cpu" else "GPU memory for tensors"
+    if "tv" in methods:
+        chosen = ", chosen on validation slices" if run["tv"]["weight"] == TV_WEIGHT else ""
+        notes.append(f"tv: weight {run['tv']['weight']:g}{chosen}.")
+    kind = "main memory" if args.device == "cpu" else "GPU memory"
     if peaks := [row["peak_gib"] for row in summary if row["peak_gib"] is not None]:
-        notes.append(f"At most {max(peaks):.2f} GiB of {kind}.")
-    if any((row.get("vif") or 0) > 1 for row in summary):
-        notes.append("VIF above 1 means more contrast than the truth, not a better image: are the slices in HU?")
+        notes.append(f"At most {max(peaks):.2f} GiB of {kind} a process.")
+    if above := sum(float(rows[0]["vif"]) > 1 + 1e-6 for rows in done.values()):
+        notes.append(f"VIF is above 1 in {above} of {len(done)} images: more contrast than the truth, not a better "
+                     "image. Are the slices in HU?")
     for name, metric in METRICS.items():
         if counts := [row[f"{name}_slices"] for row in summary if f"{name}_slices" in row]:
             notes.append(f"{metric.label} is not a number for up to {len(patients) - min(counts)} slices, which are "
                          "left out of its means.")
-    notes += held_out(args)
+    notes += held_out(args.out, run)
     text = table(summary, notes)
-    with atomic(args.out / "table.md") as partial:
-        partial.write_text(text + "\n", encoding="utf-8")
+    for path, content in (("table.md", text + "\n"), ("table.tex", latex(text))):
+        with atomic(args.out / path) as partial:
+            partial.write_text(content, encoding="utf-8")
     print(text)
     return summary
 
 
-def held_out(args) -> list[str]:
+def held_out(out: Path, run: dict) -> list[str]:
     """Notes on the residual of measured views that were not used: mean over slices."""
     from models.evaluation import HELD_OUT
 
-    path, left = args.out / HELD_OUT, {}
+    path, left = out / HELD_OUT, {}
     for row in csv.reader(path.read_text(encoding="utf-8").splitlines()) if path.is_file() else ():
         left.setdefault(tuple(row[1:3]), {})[row[0]] = float(row[3])
     return [f"Measured views that were not used, {views} views by {method}: {mean(slices.values()):.2%} unexplained."
-            for (method, views), slices in left.items() if method in args.methods and int(views) in args.views]
+            for (method, views), slices in left.items() if method in run["methods"] and int(views) in run["views"]]
 
 
 @script
@@ -164,7 +178,7 @@ def main(argv=None):
     import torch  # takes two seconds, as what needs it
 
     from fig.evaluation import draw
-    from models.evaluation import Noise, evaluate, read_measured
+    from models.evaluation import Noise, cautions, evaluate, read_measured
     from models.reconstructor import Reconstructor
     from models.scanner import PublishedScanner
     from utils import distributed
@@ -183,9 +197,12 @@ def main(argv=None):
         noise = read_measured(Path(args.data), files)
         reconstructor = replace(reconstructor, scanner=noise.scanner)
     files, hu = read_slices(chosen, reconstructor.multiple, args.strict, args.trust_hu)
-    names, patients = [f.name.encode("utf-8", "backslashreplace").decode() for f in files], patients_of(files)
+    names, patients = ([printable(text.encode("utf-8", "backslashreplace").decode()).replace("\n", "\\n")
+                        for text in texts] for texts in ([f.name for f in files], patients_of(files)))
+    again = met_again(reconstructor.header.get("traces"), traces(files, hu))
+    shown = chosen_slice(args, names, hu.shape[1])
     run = describe(args, reconstructor, fingerprint(files, hu))
-    done = distributed.gather(open_results(args.out, run) if rank == 0 else None)[0]
+    run, done = distributed.gather(open_results(args.out, run) if rank == 0 else None)[0]
     print(f"{len(names)} slices of {hu.shape[1]} x {hu.shape[2]}, checkpoint {checkpoint.name} "
           f"({reconstructor.header.get('preset', 'unnamed')}), protocol {run['protocol']}, {run['dc']} iterations of "
           f"data consistency a call, {args.device}.")
@@ -193,15 +210,13 @@ def main(argv=None):
     evaluate(args, reconstructor, noise, mu, names, patients, done, rank, processes)
     distributed.gather(rank)
     if rank == 0:
-        done = open_results(args.out, run)
-        done = {(name, method, n): done[name, method, n] for n in args.views for method in args.methods
-                for name in names}
-        summary = write_tables(done, patients, run, args)
-        middle = len(names) // 2
-        x0 = noise.truth(reconstructor, mu[middle:middle + 1].to(args.device))
-        draw(args, reconstructor, noise, x0, names[middle], summary)
+        run, done = open_results(args.out, run)
+        summary = write_tables(done, names, patients, run, again, args)
+        x0 = noise.truth(reconstructor, mu[shown:shown + 1].to(args.device))
+        draw(args, reconstructor, noise, x0, names[shown], summary)
         print(f"Written: tables and figures in {args.out}.")
-        for text in [] if args.trust_hu else remarks(files, hu):
+        told = cautions(reconstructor, run["methods"], hu.shape[1], args.photons, again)
+        for text in (told if args.trust_hu else remarks(files, hu) + told):
             print(f"Warning: {text}", file=sys.stderr)
     distributed.gather(rank)
     distributed.finish()

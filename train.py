@@ -65,10 +65,9 @@ def main(argv=None):
     if args.dry_run:
         return print(describe_run(preset, args.data, args.device))
     run = Run(args, preset)
-    print(f"{sum(p.numel() for p in run.trainer.network.parameters()) / 1e6:.1f} million parameters, {run.device}, "
-          f"{len(run.spans())} batches to do.")
     signal = failed = 0
     with memory_advice(preset.batch, run.processes, preset.accumulate), distributed.Stop() as stop, run.bar:
+        run.announce()
         for (first, last), parts, weight in prefetch(run.load, run.spans()):
             # Train: the restore input x_T, then the composed inputs
             before = run.seen

@@ -95,7 +95,7 @@ def main(argv=None) -> None:
                                                      "zero_init")}
     preset = replace(PRESETS["paper"], **network, epct_start=0, per_sample_levels=True, batch=args.batch,
                      precision="bf16" if bf16_pays(args.device) else "fp32")
-    (_, slices), _, _ = load_slices(args.data, 0.1, 1, 0, preset.network().multiple, False)
+    (_, slices), *_ = load_slices(args.data, 0.1, 1, 0, preset.network().multiple, False)
     flops = cost(preset.network(), slices.shape[-1], preset.precision)[1]
     top = peak_flops(args.device)
     rates = {"plainest loop": plainest(preset, slices, args.images, args.device),

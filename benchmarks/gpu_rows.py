@@ -31,6 +31,7 @@ from models.checkpoint import save_checkpoint
 from models.cost import cost
 from models.degradation import Degradation
 from models.epct import draw_views
+from models.graphs import Graphs, directly
 from models.levels import chain_levels
 from models.presets import PRESETS
 from models.reconstructor import Reconstructor
@@ -410,6 +411,14 @@ def sampling(bench: Bench) -> None:
         tiny = make("tiny", precision)
         bench.time(f"SPDPS, tiny, 18 views, batch 32, {precision}", partial(tiny.run, "spdps", y, x.shape[-1]),
                    "s/slice", len(x), at_most=0.004)
+    for batch in (1, 32):
+        for way, graphs in (("in graphs", Graphs()), ("without", directly)):
+            tiny = make("tiny", "bf16", graphs=graphs)
+            took[way] = bench.time(f"sequential, tiny, 18 views, bf16, batch {batch}, {way}",
+                                   partial(tiny.run, "sequential", y[:batch], x.shape[-1]), "s/slice", len(y[:batch]))
+        bench.ratio(f"sequential, tiny, batch {batch}: without graphs / in graphs", took["without"], took["in graphs"])
+        bench.time(f"sequential, tiny, 18 views, bf16, batch {batch}, as one graph",
+                   partial(tiny.run, "sequential", y[:batch], x.shape[-1]), "s/slice", len(y[:batch]), graph=True)
 
 
 def evaluation(bench: Bench) -> None:
@@ -431,7 +440,7 @@ def evaluation(bench: Bench) -> None:
 # In this order. The seconds that each gets, besides what those before it left; the first also starts the process.
 SECTIONS = {"card": (card, 25), "calls": (calls, 20), "replays": (replays, 15), "transposes": (transposes, 12),
             "mixed": (mixed, 10), "cg": (cg, 8), "astra": (astra, 15), "network": (network, 25),
-            "training": (training, 30), "sampling": (sampling, 20), "evaluation": (evaluation, 55)}
+            "training": (training, 30), "sampling": (sampling, 25), "evaluation": (evaluation, 55)}
 
 
 def work(connection, names: list[str], ends: dict[str, float], device: str, rehearsal: bool, folder: Path) -> None:

@@ -4,6 +4,7 @@ import faulthandler
 import multiprocessing
 import os
 import re
+import secrets
 import signal
 import stat
 import tempfile
@@ -24,6 +25,7 @@ from datasets.privacy import pseudonymizer
 from datasets.series import LeftOut, Problem, Refused, Slice, order_series, split_series
 from datasets.slices import KNOWN, number_in, patient_of, patients_of, read_manifest, told_patients, unsure
 from utils.errors import InputError
+from utils.files import hash16
 from utils.progress import Progress
 
 LIMIT = 300  # seconds a file: a decoder that takes longer hangs
@@ -83,24 +85,37 @@ def parallel(function, tasks: list, workers: int, title: str, chunk: int = 8) ->
 
 def _begin():
     # Ctrl-C reaches all processes: the parent waits until the others have done what they are at. A parent that is
-    # killed cannot tell them to end, so they watch it.
+    # killed cannot tell them to end, so they watch it. What decoders in compiled code print of each damaged byte goes
+    # nowhere: the report names the file.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    with open(os.devnull, "wb") as silent:
+        os.dup2(silent.fileno(), 2)
     threading.Thread(target=lambda: (multiprocessing.parent_process().join(), os._exit(1)), daemon=True).start()
 
 
 @time_limit()
-def examine(path: str, derived: bool = False, trust: bool = False) -> tuple[list[Slice], list[Problem]]:
-    """The slices of a file, and what is wrong with it. derived, trust: as of `scan`."""
+def examine(path: str, derived: bool = False,
+            trust: bool = False) -> tuple[list[Slice], list[Problem], list[Slice]]:
+    """(the slices of a file, what is wrong with it, one whose patient is to be hidden). derived, trust: as of `scan`.
+
+    A file that cannot be used may still tell the name of a patient, which its path repeats.
+    """
     try:
         slices = scan(path, derived, trust)
-    except Refused as error:
-        name = os.path.basename(path)
-        if COMPANIONS.fullmatch(name):
-            return [], [(path, LeftOut.verdict, "is no image; by its name it comes with them")]
-        if PACKED.fullmatch(name):
-            return [], [(path, "warning", "is a packed archive and was not read: unpack it if it holds images")]
-        return [], [(path, error.verdict, not_data(path) or str(error))]
-    return slices, [(path, "warning", slices[0].warning)] if slices[0].warning else []
+        content = hash16(Path(path))
+    except (Refused, OSError) as error:
+        name, hidden = os.path.basename(path), []
+        if whose := getattr(error, "whose", None):
+            hidden = [Slice(path, patient=whose[0], names=whose[1])]
+        elif COMPANIONS.fullmatch(name):
+            return [], [(path, LeftOut.verdict, "is no image; by its name it comes with them")], []
+        elif PACKED.fullmatch(name):
+            return [], [(path, "warning", "is a packed archive and was not read: unpack it if it holds images")], []
+        if isinstance(error, OSError):
+            return [], [(path, "refused", f"cannot be read ({error.strerror})")], hidden
+        return [], [(path, error.verdict, not_data(path) or str(error))], hidden
+    notes = [(path, "warning", slices[0].warning)] if slices[0].warning else []
+    return [replace(one, content=content) for one in slices], notes, slices[:1]
 
 
 def find_files(inputs: list[str], out: Path) -> tuple[dict[str, str], list[Problem]]:
@@ -132,15 +147,20 @@ def find_files(inputs: list[str], out: Path) -> tuple[dict[str, str], list[Probl
 
 
 def read_headers(inputs: list[str], out: Path, workers: int,
-                 derived: bool = False, trust: bool = False) -> tuple[list[Slice], dict[str, str], list[Problem]]:
-    """(slices, {path: how it is shown}, problems) of all files below the inputs. derived, trust: as of `scan`."""
+                 derived: bool = False,
+                 trust: bool = False) -> tuple[list[Slice], dict[str, str], list[Problem], list[Slice]]:
+    """(slices, {path: how it is shown}, problems, slices with all patients to be hidden) of all files below the inputs.
+
+    derived, trust: as of `scan`.
+    """
     files, problems = find_files(inputs, out)
-    slices, read = [], partial(examine, derived=derived, trust=trust)
+    slices, hidden, read = [], [], partial(examine, derived=derived, trust=trust)
     for path, found in zip(files, parallel(read, list(files), workers, "Reading headers"), strict=True):
-        more, notes = found or ([], [(path, "refused", DIED)])
+        more, notes, known = found or ([], [(path, "refused", DIED)], [])
         slices += more
         problems += notes
-    return slices, files, problems
+        hidden += known
+    return slices, files, problems, hidden
 
 
 def name_patients(slices: list[Slice], source: str | None = None) -> list[Slice]:
@@ -199,11 +219,14 @@ def _near_folders(named, volumes):
             if named[path] in shared or path not in volumes and named[path].isdigit()}
 
 
-def unsure_patients(slices: list[Slice]) -> str:
-    """A sentence where the patients of slices that are named cannot be right, by their number; else empty."""
+def unsure_patients(slices: list[Slice], hide=str) -> str:
+    """A sentence where the patients of slices that are named cannot be right, by their number; else empty.
+
+    hide: as of `unsure`.
+    """
     volumes = _volumes(slices)
     single = {path: one.patient for one in slices if one.corner is None and (path := Path(one.path)) not in volumes}
-    if all(path.stem == patient for path, patient in single.items()) and (text := unsure(list(single))):
+    if all(path.stem == patient for path, patient in single.items()) and (text := unsure(list(single), hide)):
         return text
     series = {one.series for one in slices}
     if len({one.patient for one in slices}) == 1 < len(series):
@@ -225,9 +248,9 @@ def find_series(path: Path, out: Path, number: int | None = None,
 
     number: which of several, from 1. Files below `out` are not read. Raises InputError where no series is chosen.
     """
-    slices, shown, problems = read_headers([str(path)], out, 1, derived, trust)
+    slices, shown, problems, hidden = read_headers([str(path)], out, 1, derived, trust)
     slices = name_patients(_with_manifest(slices))
-    groups, hide = group_series(slices), pseudonymizer(slices, keep=False)
+    groups, hide = group_series(slices), pseudonymizer(slices + hidden, keep=False, salt=secrets.token_hex())
     if not groups:
         reasons = "; ".join(f"{hide(shown.get(name, name))} {reason}" for name, _, reason in problems[:3])
         raise InputError(f"{path} holds no slices that can be used" + f" ({reasons})" * bool(reasons) + ".")

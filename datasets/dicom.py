@@ -7,18 +7,34 @@ one that is no CT slice (a localiser, a derived image). Reasons never quote text
 import math
 import os
 import re
+import zlib
+from io import BytesIO
 
 import numpy as np
 import pydicom
+from pydicom.encaps import generate_frames
+from pydicom.filereader import _read_file_meta_info, read_preamble
+from pydicom.filewriter import write_file_meta_info
 from pydicom.multival import MultiValue
 from pydicom.tag import Tag
-from pydicom.uid import ExplicitVRLittleEndian, ImplicitVRLittleEndian, MediaStorageDirectoryStorage
+from pydicom.uid import (
+    DeflatedExplicitVRLittleEndian,
+    ExplicitVRLittleEndian,
+    ImplicitVRLittleEndian,
+    JPEGExtended12Bit,
+    JPEGLosslessSV1,
+    MediaStorageDirectoryStorage,
+    RLELossless,
+)
 
+from datasets.privacy import ways_to_write
 from datasets.series import LeftOut, Refused, Slice, refuse_on_error
 from utils.units import HU_RANGE
 
 PLAUSIBLE_HU = (-10000, 16000)  # from what lies outside the scan circle to steel
 MAX_SIDE = 4096  # no scanner writes more; a damaged header can claim 65535 and ask for gigabytes
+MOST_PIXELS = 1 << 30  # bytes of a file's pixels, of which up to four times as many are in memory
+MOST_INFLATED = 1 << 28  # bytes of a deflated file: three megabytes can swell to three gigabytes
 CMS_ENVELOPE = bytes.fromhex("06092a864886f70d010703")  # object identifier that opens a Secure DICOM file
 MODALITIES = "CR DX KO MG MR NM OT PR PT REG RTDOSE RTIMAGE RTPLAN RTSTRUCT SC SEG SR US XA".split()
 LOSSY_SYNTAX = re.compile(r"1\.2\.840\.10008\.1\.2\.4\.(5[01]|81|91|93|203)$")
@@ -115,6 +131,8 @@ def read_hu(path: str) -> np.ndarray:
         # The bits of an overlay (in group 6000, 6002, ...) are no part of the numbers; all others may be.
         overlays = [_optional(dataset, Tag(group, 0x0102)) for group in range(0x6000, 0x6020, 2)]
         dataset.pixel_array_options(correct_unused_bits=any(one is not None and one.value for one in overlays))
+        if dataset.file_meta.TransferSyntaxUID.is_compressed:
+            _check_streams(dataset, len(slices))
         raw = dataset.pixel_array
     words = raw.reshape(-1, *raw.shape[-2:]).view(f"u{raw.itemsize}")
     if words.shape != (len(slices), slices[0].size, slices[0].size):
@@ -125,13 +143,65 @@ def read_hu(path: str) -> np.ndarray:
         stored, meant = stored_numbers(image, bits, signed, one.slope, one.intercept)
         return standard_axial(to_hu(stored, one.slope, one.intercept, padding, meant), one.orientation)
 
-    return np.stack([hu(one, image) for one, image in zip(slices, words, strict=True)])
+    volume = np.empty(words.shape, np.float32)
+    for index, one in enumerate(slices):
+        volume[index] = hu(one, words[index])
+    return volume
+
+
+def _check_streams(dataset, frames):
+    # Decoders take as much memory as a stream says that it needs: it must be as large as the header says.
+    syntax = dataset.file_meta.TransferSyntaxUID
+    if syntax == JPEGExtended12Bit:  # GDCM reads its 12 bits, too, but pydicom lets it only under another name
+        dataset.file_meta.TransferSyntaxUID = JPEGLosslessSV1
+    table = dataset.get("ExtendedOffsetTable") and (dataset.ExtendedOffsetTable, dataset.ExtendedOffsetTableLengths)
+    for frame in generate_frames(dataset.PixelData, number_of_frames=frames, extended_offsets=table):
+        if syntax != RLELossless and stream_shape(frame) != (dataset.Rows, dataset.Columns, 1):
+            raise Refused(f"holds a compressed image of other than its {dataset.Rows} x {dataset.Columns} grey pixels")
+
+
+def stream_shape(stream: bytes) -> tuple[int, int, int]:
+    """(rows, columns, components) by the header of a JPEG, JPEG-LS or JPEG 2000 stream.
+
+    Raises ValueError where it has none, or one of numbers that end GDCM's process.
+    """
+    def number(start, size):
+        return int.from_bytes(stream[start : start + size], "big")
+
+    at = 0
+    if stream[4:8] == b"jP  ":  # a JP2 file: boxes around the stream
+        while stream[at + 4 : at + 8] != b"jp2c" and number(at, 4) >= 8:
+            at += number(at, 4)
+        at += 8
+    if stream[at : at + 4] == b"\xff\x4f\xff\x51":
+        width, height, left, top = (number(at + start, 4) for start in (8, 12, 16, 20))
+        return height - top, width - left, number(at + 40, 2)
+    at = 2
+    while number(at, 1) == 0xFF:  # one segment after the other: marker, length, content
+        marker = number(at + 1, 1)
+        if marker == 0xF7 or 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):  # the frame's header
+            if not 2 <= number(at + 4, 1) <= 16:
+                raise ValueError("bits that no CT has")
+            return number(at + 5, 2), number(at + 7, 2), number(at + 9, 1)
+        at += 1 if marker == 0xFF else 2 + number(at + 2, 2)  # 0xFF before a marker fills up
+    raise ValueError("no header of a frame")
+
+
+def _parse(path, with_pixels, derived):
+    # (pydicom's dataset, its slices)
+    dataset, size = _read(path, with_pixels)
+    patient, names = _whose(dataset)
+    try:
+        return dataset, _slices(path, dataset, size, derived, patient, names)
+    except Refused as error:
+        error.whose = patient or "", names
+        raise
 
 
 @refuse_on_error("cannot be parsed as DICOM; is it damaged?")
 @pydicom.config.disable_value_validation()
-def _parse(path, with_pixels, derived):
-    # (pydicom's dataset, its slices)
+def _read(path, with_pixels):
+    # (pydicom's dataset, how many bytes it was read from)
     with open(path, "rb") as file:
         head = file.read(132)
     if not head:
@@ -142,21 +212,59 @@ def _parse(path, with_pixels, derived):
     if head[128:] != b"DICM" and head[:2] not in (b"\x02\x00", b"\x08\x00"):
         raise Refused("is not an image this program reads (DICOM, NIfTI, .npy or 16-bit PNG)")
     # Deferred elements are skipped, not read; unlike stop_before_pixels this tells whether the pixels are all there.
-    dataset = pydicom.dcmread(path, defer_size=None if with_pixels else 1024, force=True)
+    inflated = _inflated(path)
+    dataset = pydicom.dcmread(inflated or path, defer_size=None if with_pixels or inflated else 1024, force=True)
     if "TransferSyntaxUID" not in dataset.file_meta:
         implicit = dataset.original_encoding[0]
         dataset.file_meta.TransferSyntaxUID = ImplicitVRLittleEndian if implicit else ExplicitVRLittleEndian
+    return dataset, len(inflated.getbuffer()) if inflated else os.path.getsize(path)
+
+
+def _inflated(path):
+    # A deflated file as one that is not, so that its size is limited; None for any other file.
+    with open(path, "rb") as file:
+        read_preamble(file, force=True)
+        meta = _read_file_meta_info(file)
+        if meta.get("TransferSyntaxUID") != DeflatedExplicitVRLittleEndian:
+            return None
+        content = zlib.decompressobj(-zlib.MAX_WBITS).decompress(file.read(), MOST_INFLATED)
+    if len(content) == MOST_INFLATED:
+        raise Refused(f"is deflated and holds over {MOST_INFLATED >> 20} MiB, which is the limit")
+    meta.TransferSyntaxUID = ExplicitVRLittleEndian
+    buffer = BytesIO()
+    buffer.write(bytes(128) + b"DICM")
+    write_file_meta_info(buffer, meta, enforce_standard=False)
+    buffer.write(content)
+    buffer.seek(0)
+    return buffer
+
+
+def _whose(dataset):
+    # (the patient, None where nothing tells; what identifies him or her)
+    def texts(key):
+        value = _optional(dataset, key)
+        values = value if isinstance(value, MultiValue) else [value]
+        return [text for one in values if (text := str(one or "").strip())]
+
+    patient = next((text for key in ("PatientID", "PatientName", "StudyInstanceUID", "SeriesInstanceUID")
+                    for text in texts(key)), None)
+    names = [word for key in ("PatientName", "OtherPatientNames", "PatientBirthName", "PatientMotherBirthName")
+             for text in texts(key) for word in re.split(r"[\^=\s]+", text)]
+    accession = [text for text in texts("AccessionNumber") if re.search(r"\d", text)]
+    born = [form for text in texts("PatientBirthDate") for form in ways_to_write(text)]
+    return patient, tuple(filter(None, texts("PatientID") + names + texts("OtherPatientIDs") + accession + born))
+
+
+@refuse_on_error("cannot be parsed as DICOM; is it damaged?")
+@pydicom.config.disable_value_validation()
+def _slices(path, dataset, size, derived, patient, names):
     _check_kind(dataset)
-    frames = _check_pixels(path, dataset)
+    frames = _check_pixels(size, dataset)
     for frame in range(frames):
         _check_frame(dataset, frame, derived)
-    patient = next((text for key in ("PatientID", "PatientName", "StudyInstanceUID", "SeriesInstanceUID")
-                    if (text := str(_optional(dataset, key) or "").strip())), None)
     if patient is None or not dataset.get("SeriesInstanceUID"):
         raise Refused("has no SeriesInstanceUID, or nothing that tells its patient")
-    told = [str(_optional(dataset, key) or "") for key in ("PatientID", "PatientName")]
-    names = tuple(filter(None, [told[0], *re.split(r"[\^=\s]+", told[1])]))
-    return dataset, [_slice(path, dataset, frame, patient, names) for frame in range(frames)]
+    return [_slice(path, dataset, frame, patient, names) for frame in range(frames)]
 
 
 def _check_kind(dataset):
@@ -199,7 +307,7 @@ def _optional(dataset, keyword):
         return None
 
 
-def _check_pixels(path, dataset):
+def _check_pixels(size, dataset):
     # Returns the number of frames.
     rows, columns, allocated, stored, high = values = [
         dataset.get(keyword) or 0 for keyword in ("Rows", "Columns", "BitsAllocated", "BitsStored", "HighBit")]
@@ -222,7 +330,9 @@ def _check_pixels(path, dataset):
     if pixels is None:
         raise Refused("holds no pixel data; is it truncated?")
     needed = rows * columns * allocated // 8 * frames
-    there = pixels.length if syntax.is_deflated else min(pixels.length, os.path.getsize(path) - pixels.value_tell)
+    there = min(pixels.length, size - pixels.value_tell)
+    if needed > MOST_PIXELS:
+        raise Refused(f"says that it holds {needed} bytes of pixels; the limit is {MOST_PIXELS >> 30} GiB")
     if not syntax.is_compressed and there < needed:
         raise Refused(f"is truncated: it holds {there} bytes of pixels of {needed}")
     return frames

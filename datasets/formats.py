@@ -14,18 +14,15 @@ from PIL import Image
 from datasets import dicom
 from datasets.plausible import ALL_THE_SAME, doubt
 from datasets.series import LeftOut, Refused, Slice, refuse_on_error
+from datasets.slices import open_array
 from utils.units import HU_RANGE
 
 NIFTI = (".nii", ".nii.gz")
 BAD_NIFTI = "cannot be read as NIfTI; is it damaged?"
 BAD_GZIP = "is damaged: its gzip check sum is wrong, or it ends too early, or it holds no NIfTI"
-MOST_BYTES = 4 << 30  # of a volume: a damaged header can claim terabytes
+MOST_BYTES = 2 << 30  # of a volume as float32: a damaged header can claim terabytes
+PACKED_BYTES = 512 << 20  # of a volume that is packed to less than a fiftieth: a label map, or a trap
 MM = {1: 1000.0, 3: 0.001}  # NIfTI's codes for metres and microns
-
-
-def read_npy(path: str) -> np.ndarray:
-    """HU as they are stored."""
-    return np.load(path, mmap_mode="r", allow_pickle=False)
 
 
 def read_png(path: str) -> np.ndarray:
@@ -38,7 +35,7 @@ def read_png(path: str) -> np.ndarray:
 
 
 READERS = {  # of files without a header: path -> HU, (H, H) or (N, H, H)
-    ".npy": read_npy,
+    ".npy": open_array,
     ".png": read_png,
 }
 ARRAYS = tuple(READERS)
@@ -93,11 +90,15 @@ def _read_nifti(path):
         kind, shape = image.get_data_dtype(), image.shape
         if len(shape) < 3 or 0 in shape or np.prod(shape[3:]) != 1 or kind.kind not in "iuf":
             raise Refused(f"holds {kind} of shape {shape}; expected one 3-D volume of HU")
-        needed = kind.itemsize * math.prod(shape)
-        if needed > min(MOST_BYTES, os.path.getsize(path) * (1100 if zipped else 1)):  # gzip packs no tighter
-            raise Refused(f"says that it holds {needed} bytes of voxels: it is truncated or damaged, or over the limit "
-                          f"of {MOST_BYTES >> 30} GiB")
-        volume = np.asanyarray(image.dataobj).reshape(shape[:3])
+        voxels = math.prod(shape)
+        needed = kind.itemsize * voxels
+        there = os.path.getsize(path)  # gzip packs to a thousandth at best
+        most = min(1100 * there, max(50 * there, PACKED_BYTES)) if zipped else there
+        if needed > most or max(needed, 4 * voxels) > MOST_BYTES:
+            raise Refused(f"says that it holds {needed} bytes of voxels, in a file of {there}: it is truncated or "
+                          f"damaged, or over the limit of {MOST_BYTES >> 30} GiB")
+        plain = image.dataobj.slope == 1 and image.dataobj.inter == 0
+        volume = (np.asanyarray(image.dataobj) if plain else image.dataobj.get_scaled(np.float32)).reshape(shape[:3])
         while zipped and file.read(1 << 20):  # to its end, where the check sum is compared
             pass
     with refuse_on_error(BAD_NIFTI):
@@ -151,7 +152,8 @@ def scan(path: str, derived: bool = False, trust: bool = False) -> list[Slice]:
     else:
         return dicom.read_header(path, derived)
     if not trust and volume.min() >= 0:
-        refuse_doubtful(volume, LeftOut.verdict)
+        every = 1 + volume.size // (MOST_BYTES // 32)  # slices of a huge one that are compared
+        refuse_doubtful(volume[::every], LeftOut.verdict)
     return slices
 
 

@@ -7,38 +7,41 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from datasets.leakage import traces
 from datasets.slices import evenly_spaced, find_slices, fingerprint, patients_of, read_slices, remarks, split_by_patient
 from utils.distributed import shares
+from utils.errors import printable
 from utils.units import hu_to_mu
 
 
 def load_slices(data, val_fraction: float, val_slices: int, seed: int, multiple: int, strict: bool,
                 trust: bool = False, source: str | None = None):
-    """((names, mu), (names, mu), fingerprints) of training and validation slices; mu: (N, 1, H, H) float32, 1/cm.
+    """((names, mu), (names, mu), fingerprints, traces) of training and validation slices; mu: (N, 1, H, H) in 1/cm.
 
     val_slices: how many validate, spread evenly over theirs; 0: all. trust, source: as of datasets.slices. What is odd
-    about the slices is said.
+    about the slices is said. Traces: of the training slices, as datasets.leakage makes them.
     """
     train = find_slices(data, "train")
     one_folder = train[0].parent == Path(data)
     train, val = (split_by_patient(train, val_fraction, seed, source) if one_folder
                   else (train, find_slices(data, "val")))
-    splits, prints, owners = [], [], []
+    splits, prints, owners, left = [], [], [], []
     for files, part in ((train, "train"), (val, "validate")):
         files, hu = read_slices(files, multiple, strict, trust)
         if val_slices and splits:
             chosen = evenly_spaced(len(hu), val_slices)
             files, hu = [files[i] for i in chosen], hu[chosen]
         owners.append(set(patients_of(files, source)))
+        left.append(traces(files, hu, source))
         print(f"{len(files)} slices of {len(owners[-1])} patient(s) {part}.")
         for text in remarks(files, hu) if source is None else ():
             print(f"Warning: {text}")
         prints.append(fingerprint(files, hu))
         splits.append(([f.name for f in files], hu_to_mu(torch.from_numpy(hu))[:, None]))
     if common := owners[0] & owners[1]:
-        print(f"Warning: {len(common)} patient(s) train and validate, such as {min(common)}; validation looks better "
-              "than it is.")
-    return *splits, prints
+        print(f"Warning: {len(common)} patient(s) train and validate, such as {printable(min(common))}; validation "
+              "looks better than it is.")
+    return *splits, prints, left[0]
 
 
 def batches(count: int, batch: int, images: int):
@@ -64,7 +67,8 @@ class Part:
     indices: range             # global sample indices
     slices: list[int]          # which slices these are
     x: torch.Tensor            # they, mu (B, 1, H, W)
-    uniform: list[np.ndarray]  # draws of each for its levels
+    uniform: list[np.ndarray]  # draws of each: levels (1 + 2 hops), scanner (2), noise (3)
+    common: np.ndarray | None = None  # those of the batch's first, for its scanner
 
 
 def load_batch(mu: torch.Tensor, span: tuple[int, int], seed: int, preset, rank: int = 0, processes: int = 1,
@@ -74,14 +78,15 @@ def load_batch(mu: torch.Tensor, span: tuple[int, int], seed: int, preset, rank:
     mu: all slices (N, 1, H, H); preset: fields of a models.presets.Preset; pin: for asynchronous copies to a GPU.
     """
     parts, weight = shares(*span, rank, processes, preset.accumulate)
-    loaded, draws = [], 1 + 2 * preset.hops
+    loaded, draws = [], 1 + 2 * preset.hops + 2 + 3  # levels, scanner, noise
     common = sample_at(span[0], len(mu), seed, draws)[2]
     for indices in parts:
         order, symmetry, uniform = zip(*(sample_at(i, len(mu), seed, draws) for i in indices), strict=True)
         x = mu[list(order)]
         x = flip_and_turn(x, symmetry) if preset.augment else x
         levels = uniform if preset.per_sample_levels else [common] * len(x)  # else one t and one t' a batch
-        loaded.append(Part(indices, [int(i) for i in order], x.pin_memory() if pin else x, list(levels)))
+        loaded.append(Part(indices, [int(i) for i in order], x.pin_memory() if pin else x, list(levels),
+                           common))
     return span, loaded, weight
 
 

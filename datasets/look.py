@@ -12,7 +12,8 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from datasets.plausible import doubt
-from datasets.slices import number_in, patients_of, read_manifest, unsure
+from datasets.series import Refused
+from datasets.slices import number_in, open_array, patients_of, read_manifest, unsure
 from utils.cli import Parser, script
 from utils.errors import InputError
 from utils.files import atomic
@@ -27,9 +28,9 @@ WINDOW = (-1000, 1000)  # HU shown black and white on the sheet
 def read_array(path: Path) -> tuple[np.ndarray | None, list[str]]:
     """(the array, or None where it is none of HU; what is suspicious about it, in a few words each)."""
     try:
-        hu = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
-        return None, [f"cannot be read ({type(error).__name__})"]
+        hu = open_array(path)
+    except Refused as error:
+        return None, [str(error)]
     usable = hu.dtype.kind in "iuf" and hu.ndim in (2, 3) and hu.size
     if not usable or hu.shape[-1] != hu.shape[-2]:
         return hu if usable else None, [f"is {hu.dtype} of shape {hu.shape}; expected square HU slices"]

@@ -4,7 +4,7 @@ Reads DICOM, NIfTI, .npy (HU) and 16-bit PNG (value - 1024 = HU), in any mixture
 DIR/{train,val,test}_img/<patient>_<nnn>.npy, split by patient, with a manifest.csv in each folder, and DIR/report.csv,
 which names every file that was refused, left out or is odd. The same command again does only what is missing.
 
-Names and IDs of patients become pseudonyms unless --keep-names, in file names and where a path repeats them. These
+Names, IDs and birth dates of patients become pseudonyms unless --keep-names, where a path repeats them, too. These
 are hashes: they hide a name from a reader, not from someone who has a list of IDs to try. Exit status 1 when
 something was refused (the rest is written) or nothing could be done.
 """
@@ -16,8 +16,8 @@ import os
 import re
 import sys
 from collections import Counter, defaultdict
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain, groupby
 from operator import attrgetter
@@ -39,11 +39,11 @@ from datasets.formats import load, read_hu
 from datasets.plausible import doubt
 from datasets.privacy import pseudonym, pseudonymizer
 from datasets.series import Problem, Refused, Slice, order_series
-from datasets.slices import IF_SO
+from datasets.slices import IF_SO, open_array, read_manifest
 from utils.cli import Parser, script
 from utils.errors import InputError, RunFolderError, Stopped
 from utils.files import atomic, hash16, write_table
-from utils.run_folder import lock, sweep
+from utils.run_folder import described, lock, sweep
 
 SPLITS = ("train", "val", "test")
 DEFAULT_SPLIT = ["0.8", "0.1", "0.1"]
@@ -59,6 +59,7 @@ class Output:
     name: str
     patient: str
     slices: list[Slice]
+    sha256: str = ""  # by the last manifest, of the file that is there
 
 
 def split_patients(patients: list[str], split: list[str], seed: int) -> dict[str, str]:
@@ -87,11 +88,17 @@ def split_patients(patients: list[str], split: list[str], seed: int) -> dict[str
 
 def convert(outputs: list[Output], out: Path, size: int, volumes: bool,
             trust: bool = False) -> list[tuple[list[Slice], str, list[Problem]]]:
-    """Write those of the outputs that are missing: for each (slices it holds, sha256, problems). trust: as `scan`'s."""
+    """Write those of the outputs that are missing or not as they were written.
+
+    trust: as `scan`'s. Returns for each (slices it holds, sha256, problems).
+    """
     results, failed = [], {}  # {path: why}: such a file is not decoded again for its other slices
     for one in outputs:
         target, images, problems = out / one.folder / one.name, {}, []
-        whole = target.exists() and not (volumes and len(np.load(target, mmap_mode="r")) < len(one.slices))
+        sha256 = _sha256(target, (len(one.slices),) * volumes + (size, size))
+        whole = sha256 and one.sha256 in ("", sha256)
+        if not whole:
+            target.unlink(missing_ok=True)
         for source in [] if whole else one.slices:
             try:
                 if source.path in failed:
@@ -110,26 +117,45 @@ def convert(outputs: list[Output], out: Path, size: int, volumes: bool,
         if images:
             with atomic(target) as temporary, open(temporary, "wb") as file:
                 np.save(file, np.stack(list(images.values())) if volumes else images[kept[0]])
+            sha256 = hashlib.sha256(target.read_bytes()).hexdigest()
         if kept and not trust and (found := doubt(np.load(target, mmap_mode="r"))):
             problems.append((kept[0].path, "warning", found[1]))
-        results.append((kept, hashlib.sha256(target.read_bytes()).hexdigest() if kept else "", problems))
+        results.append((kept, sha256 if kept else "", problems))
     return results
 
 
+def _sha256(target, shape):
+    # Of an output; empty where it is not there, or is no array of that shape
+    with suppress(Refused):
+        array = open_array(target)
+        return hashlib.sha256(target.read_bytes()).hexdigest() if (array.shape, array.dtype) == (shape, "i2") else ""
+    return ""
+
+
 def check_resume(out: Path, outputs: list[Output], shown: dict[str, str], options: dict) -> None:
-    """Record what OUT will hold. Raises RunFolderError where it holds something else already."""
+    """Record what OUT will hold, and remove what was made of other contents of the same files.
+
+    Raises RunFolderError where it holds something else.
+    """
     plan, record = {}, out / "prepare.json"
     for one in outputs:
-        files = "\n".join(f"{shown[s.path]} {os.path.getsize(s.path)} {s.frame}" for s in one.slices)
-        plan[f"{one.folder}/{one.name}"] = hash16(files.encode(errors="backslashreplace"))
-    before = json.loads(record.read_text("utf-8")) if record.is_file() else {"options": options, "outputs": {}}
+        names, contents = [f"{shown[s.path]} {s.frame}" for s in one.slices], [s.content for s in one.slices]
+        plan[f"{one.folder}/{one.name}"] = [hash16("\n".join(texts).encode(errors="backslashreplace"))
+                                            for texts in (names, contents)]
+    before = {"options": options, "outputs": {}} | (described(out, record.name) or {})
+    if not all(isinstance(before[key], dict) for key in ("options", "outputs")):
+        raise RunFolderError(f"{record} is damaged; restore it, or choose another --out.")
     if changed := [key for key in options if options[key] != before["options"].get(key)]:
         raise RunFolderError(f"{out} was made with another {', '.join(changed)}; repeat those options, or choose "
                              "another --out.")
     there = [f"{path.parent.name}/{path.name}" for part in SPLITS for path in (out / f"{part}_img").glob("*.npy")]
-    if other := [name for name in there if plan.get(name, "") != before["outputs"].get(name)]:
+    made_of = {name: [*map(str, before["outputs"].get(name) or [""])] for name in there}
+    if other := [name for name in there if name not in plan or plan[name][0] != made_of[name][0]]:
         raise RunFolderError(f"{out} holds {len(other)} file(s) made from other input, such as {min(other)}; choose "
                              "another --out.")
+    for name in there:
+        if plan[name] != made_of[name]:
+            (out / name).unlink()
     with atomic(record) as temporary:
         temporary.write_text(json.dumps({"options": options, "outputs": plan}), "utf-8")
 
@@ -156,14 +182,20 @@ def write_all(outputs: list[Output], out: Path, shown: dict[str, str], options: 
     sweep(out)
     if outputs:
         check_resume(out, outputs, shown, options)
+    hashes = {(folder, row["file"]): row.get("sha256", "") for folder in {one.folder for one in outputs}
+              for row in read_manifest(out / folder)}
+    outputs = [replace(one, sha256=hashes.get((one.folder, one.name), "")) for one in outputs]
+    uids = dict.fromkeys(s.series for one in outputs for s in one.slices)
+    series = {uid: pseudonym(uid, "series", True) if options["keep_names"] else f"series-{number}"
+              for number, uid in enumerate(uids, 1)}
     rows = defaultdict(list)
     for one, (kept, sha256, found) in _convert_all(outputs, out, options["size"], options["volumes"], trust, workers):
         problems += found
         rows[one.folder] += [
-            (one.name, one.patient, index, pseudonym(s.series, "series", options["keep_names"]),
+            (one.name, one.patient, index, series[s.series],
              "" if s.position is None else round(s.position, 4),
              "" if s.spacing is None else round(s.spacing * s.size / options["size"], 6),
-             s.kernel, hide(shown[s.path]), sha256) for index, s in enumerate(kept)]
+             hide(s.kernel), hide(shown[s.path]), sha256) for index, s in enumerate(kept)]
     for folder, lines in sorted(rows.items()):
         write_table(out / folder / "manifest.csv", COLUMNS, sorted(lines, key=lambda line: (line[0], line[2])))
         print(f"{out / folder}: {len(lines)} slices of {len({line[1] for line in lines})} patient(s)")
@@ -231,7 +263,7 @@ def prepare(inputs: list[str], out: Path, size: int, split: list[str] | None, se
             keep_names: bool, workers: int, trust_hu: bool = False, patients_from: str | None = None,
             only: list[str] | None = None, derived: bool = False) -> int:
     """The whole of `python -m datasets.prepare`; returns the exit status."""
-    slices, shown, problems = read_headers(inputs, out, workers, derived, trust_hu)
+    slices, shown, problems, hidden = read_headers(inputs, out, workers, derived, trust_hu)
     slices, more = choose_series(slices, only)
     slices = name_patients(slices, patients_from)
     part_of = {} if split else own_split(slices, shown)
@@ -239,15 +271,15 @@ def prepare(inputs: list[str], out: Path, size: int, split: list[str] | None, se
         print("The input's own folders train, val and test are the split; --split makes another.")
     chosen = ["own"] if part_of else split or DEFAULT_SPLIT
     part_of = part_of or split_patients(sorted({one.patient for one in slices}), chosen, seed)
-    if patients_from is None and (text := unsure_patients(slices)):
+    hide = pseudonymizer(slices + hidden, keep_names)
+    if patients_from is None and (text := unsure_patients(slices, hide)):
         if sum(part.strip("0.") != "" for part in chosen if "=" not in part and part != "own") > 1:
             raise InputError(text + IF_SO)
         print(f"Warning: {text}", file=sys.stderr)
     outputs, notes = plan_outputs(slices, part_of, volumes, keep_names)
     options = {"size": size, "split": chosen, "seed": seed, "volumes": volumes, "keep_names": keep_names}
     options |= {"patients_from": patients_from} if patients_from else {}
-    return write_all(outputs, out, shown, options, workers, problems + more + notes,
-                     pseudonymizer(slices, keep_names), trust_hu)
+    return write_all(outputs, out, shown, options, workers, problems + more + notes, hide, trust_hu)
 
 
 def choose_series(slices: list[Slice], only: list[str] | None) -> tuple[list[Slice], list[Problem]]:

@@ -45,7 +45,7 @@ def preprocess(root: Path, out: Path, split: str, size: int, workers: int) -> in
     if not folders:
         raise InputError(f"{root} holds no L067/{' or L067/'.join(LAYOUTS)} or the like; expected one folder a patient "
                          "holding such a folder of DICOM files. For other layouts use python -m datasets.prepare.")
-    slices, shown, problems = read_headers([str(folder) for folder in folders], out, workers)
+    slices, shown, problems, _ = read_headers([str(folder) for folder in folders], out, workers)
     shown = {path: os.path.relpath(path, root) for path in shown}
     # The folder is the patient, whatever the file says.
     slices = [replace(one, patient=Path(shown[one.path]).parts[0]) for one in slices]

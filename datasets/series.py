@@ -19,6 +19,7 @@ class Refused(InputError):
     """The file cannot become HU slices; the message is the reason of a Problem."""
 
     verdict = "refused"
+    whose: tuple[str, tuple[str, ...]] | None = None  # patient and names, of a file that says them all the same
 
 
 class LeftOut(Refused):
@@ -48,6 +49,7 @@ class Slice:
     slope: float = 1.0
     intercept: float = 0.0
     orientation: tuple[float, ...] = (1, 0, 0, 0, 1, 0)
+    content: str = ""                # hash of the file's bytes
     corner: tuple[float, ...] | None = None  # ImagePositionPatient: mm of the first pixel's centre as stored
 
 

@@ -14,7 +14,9 @@ from pathlib import Path
 import numpy as np
 
 from datasets.plausible import ALL_THE_SAME, doubt, not_data
-from utils.errors import InputError
+from datasets.series import Refused, refuse_on_error
+from utils.errors import InputError, printable
+from utils.files import from_cells
 from utils.progress import Progress
 from utils.units import HU_RANGE
 
@@ -54,7 +56,7 @@ def _rows(path, *version):
         print(f"{path} is ignored: it has the columns {', '.join(map(ascii, names[:9])) or 'of no table'}; expected "
               "file and patient among them.", file=sys.stderr)
         return []
-    rows = [dict(zip(names, map(str.strip, row), strict=False)) for row in rows]
+    rows = [dict(zip(names, map(str.strip, from_cells(row)), strict=False)) for row in rows]
     return [row for row in rows if row.get("file") and row.get("patient")]
 
 
@@ -85,15 +87,29 @@ def patients_of(files: list[Path], source: str | None = None) -> list[str]:
     return [told.get(f) or patient_of(f.name) for f in files]
 
 
-def unsure(files: list[Path]) -> str:
-    """A sentence where nothing but names tells the patients and these make every slice one of its own; else empty."""
+def unsure(files: list[Path], hide=str) -> str:
+    """A sentence where nothing but names tells the patients and these make every slice one of its own; else empty.
+
+    hide: what makes pseudonyms of names in it.
+    """
     told = told_patients(files)
     bare = [f for f in files if f not in told]
     if len(bare) < 2 or len({f.stem for f in bare}) < len(bare) or any(patient_of(f.name) != f.stem for f in bare):
         return ""
-    return (f"By their names, each of {len(bare)} slices is of a patient of its own ({bare[0].name}, {bare[1].name}), "
-            "but slices of one scan are alike and must not be parted. Name them PATIENT_001.npy, or put a manifest.csv "
-            "with the columns file and patient beside them.")
+    return (f"By their names, each of {len(bare)} slices is of a patient of its own ({hide(bare[0].name)}, "
+            f"{hide(bare[1].name)}), but slices of one scan are alike and must not be parted. Name them "
+            "PATIENT_001.npy, or put a manifest.csv with the columns file and patient beside them.")
+
+
+@refuse_on_error("cannot be read as a .npy array; is it truncated or damaged?")
+def open_array(path: str | Path) -> np.ndarray:
+    """A `.npy` array, read from the disk as it is indexed. Raises Refused."""
+    if not os.path.isfile(path):
+        raise Refused("is no regular file")
+    array = np.load(path, mmap_mode="r", allow_pickle=False)
+    if not isinstance(array, np.ndarray):
+        raise Refused("is a .npz archive; expected one .npy array")
+    return array
 
 
 def find_slices(data: str | Path, split: str) -> list[Path]:
@@ -118,10 +134,9 @@ def read_slice(path: Path, multiple: int = 1, trust: bool = False) -> np.ndarray
     Raises InputError unless H is divisible by `multiple`, and for values that are no HU unless `trust`.
     """
     try:
-        hu = np.load(path, allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
-        stub = os.path.isfile(path) and not_data(path)
-        raise InputError(f"{path.name} {stub or f'cannot be read as a .npy array ({error})'}.") from None
+        hu = open_array(path)
+    except Refused as error:
+        raise InputError(f"{path.name} {os.path.isfile(path) and not_data(path) or error}.") from None
     hu = hu[0] if hu.ndim == 3 and len(hu) == 1 else hu
     if hu.ndim != 2 or hu.shape[0] != hu.shape[1]:
         raise InputError(f"{path.name} has shape {hu.shape}; expected one square slice.")
@@ -168,7 +183,7 @@ def remarks(files: list[Path], hu: np.ndarray) -> list[str]:
     """What a person should know of slices (N, H, H) that were read: values that may be no HU, patients by guess."""
     odd = [f"{f.name} {found[1]}" for f, one in zip(files, hu, strict=True) if (found := doubt(one))]
     texts = [f"{len(odd)} of {len(files)} slices may not be what they should: {odd[0]}."] if odd else []
-    return texts + [text for text in [unsure(files)] if text]
+    return [printable(text) for text in [*texts, unsure(files)] if text]
 
 
 def evenly_spaced(count: int, wanted: int | None) -> list[int]:

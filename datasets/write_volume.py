@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pydicom
+from pydicom.multival import MultiValue
 from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian, generate_uid
 
 from datasets.dicom import standard_corner
@@ -20,14 +21,23 @@ from utils.errors import InputError
 from utils.files import atomic
 
 # What a series shares with the original, attribute by attribute: anything else, private tags too, stays behind.
-PATIENT = ("PatientName", "PatientID", "PatientBirthDate")
+PATIENT = ("PatientName", "PatientID", "PatientBirthDate", "PatientSex", "PatientAge")
 STUDY = ("StudyDate", "StudyTime", "AccessionNumber", "ReferringPhysicianName", "StudyID",
-         "StudyDescription", "InstitutionName")
-SCAN = ("PatientSex", "PatientAge", "PatientPosition", "BodyPartExamined", "KVP", "SliceThickness", "AcquisitionNumber",
-        "PositionReferenceIndicator", *(f"LossyImageCompression{more}" for more in ("", "Ratio", "Method")))
+         "StudyDescription", "InstitutionName", "PositionReferenceIndicator")
+SCAN = {  # what stays when patients are removed, too, as PS3.15's Basic Profile has it: one of these words, or a number
+    "PatientPosition": "HFS HFP HFDR HFDL FFS FFP FFDR FFDL",
+    "BodyPartExamined": "ABDOMEN ABDOMENPELVIS ANKLE ARM BRAIN BREAST CHEST CHESTABDOMEN CHESTABDPELVIS COLON CSPINE "
+                        "ELBOW EXTREMITY FOOT HAND HEAD HEADNECK HEART HIP IAC JAW KIDNEY KNEE LEG LIVER LSPINE LUNG "
+                        "NECK NECKCHEST NECKCHESTABDOMEN NECKCHESTABDPELV ORBIT PANCREAS PELVIS SHOULDER SINUS SKULL "
+                        "SPINE TSPINE WHOLEBODY WRIST",
+    "BurnedInAnnotation": "YES NO", "RecognizableVisualFeatures": "YES NO", "LossyImageCompression": "00 01",
+    "LossyImageCompressionMethod": "ISO_10918_1 ISO_14495_1 ISO_15444_1 ISO_15444_2 ISO_15444_15",
+    "LossyImageCompressionRatio": "", "KVP": "", "SliceThickness": "", "AcquisitionNumber": ""}
 UIDS = ("StudyInstanceUID", "FrameOfReferenceUID")
-EMPTY = (*PATIENT, "PatientSex", "StudyDate", "StudyTime", "AccessionNumber", "ReferringPhysicianName", "StudyID",
-         "PositionReferenceIndicator", "SliceThickness", "KVP", "AcquisitionNumber")  # type 2: there, empty or not
+EMPTY = ("PatientName", "PatientID", "PatientBirthDate", "PatientSex", "StudyDate", "StudyTime", "AccessionNumber",
+         "ReferringPhysicianName", "StudyID", "PositionReferenceIndicator", "SliceThickness", "KVP",
+         "AcquisitionNumber")  # type 2: there, empty or not
+BURNED_IN = "has text burned into its pixels, which may name the patient: the output is not called de-identified"
 IMAGE = {"SpecificCharacterSet": "ISO_IR 192", "SOPClassUID": CTImageStorage, "Modality": "CT",
          "ImageType": ["DERIVED", "SECONDARY", "AXIAL"], "Manufacturer": "CvG-Diff", "SamplesPerPixel": 1,
          "PhotometricInterpretation": "MONOCHROME2", "BitsAllocated": 16, "BitsStored": 12, "HighBit": 11,
@@ -114,18 +124,21 @@ def write_nifti(path: Path, slices: Iterator[np.ndarray], places: list[Place], s
 @pydicom.config.disable_value_validation()
 def series_header(about: str, series_uid: str, original: pydicom.Dataset | None, patient: str,
                   deidentify: bool, position: str = "HFS") -> tuple[pydicom.Dataset, list[str]]:
-    """(what all files of a new series share, attributes of the original that cannot be copied).
+    """(what all files of a new series share, what is odd about the original in sentences).
 
-    about: how it was made; patient: a pseudonym; position: how the patient lay, where no original says it.
+    about: how it was made; series_uid: a random one; patient: a pseudonym; position: how the patient lay, where no
+    original says it.
 
-    With an original, the series belongs to its patient, study and frame of reference. With `deidentify` the pseudonym
-    takes the place of name and ID, dates and all else in PATIENT and STUDY are dropped, and UIDs become hashes.
+    With an original, the series belongs to its patient, study and frame of reference. With `deidentify` nothing of the
+    original stays but SCAN, and patient and UIDs are made of `series_uid`, so nothing leads back to the original.
     """
     alone, original = original is None, original or pydicom.Dataset()
     header, lost, others = pydicom.Dataset(), [], {}
     header.update(dict.fromkeys(EMPTY, ""))
-    for name in (*(() if deidentify else PATIENT + STUDY), *SCAN, *UIDS, "SeriesNumber"):
+    for name in (*(() if deidentify else PATIENT + STUDY + UIDS), *SCAN, "SeriesNumber"):
         try:
+            if deidentify and not _stays(name, original.get(name)):
+                continue
             if name in original and original[name].VR != "SQ":
                 one = pydicom.Dataset()
                 one.update({"SpecificCharacterSet": "ISO_IR 192", name: original[name].value})
@@ -134,14 +147,17 @@ def series_header(about: str, series_uid: str, original: pydicom.Dataset | None,
         except Exception:  # nothing needs it, and odd bytes make pydicom raise almost anything
             lost.append(name)
     for name in UIDS:
-        uid = str(others.get(name) or "")
-        new = generate_uid(entropy_srcs=[uid or series_uid, name])
-        setattr(header, name, uid if uid and not deidentify else new)
+        setattr(header, name, str(others.get(name) or "") or generate_uid(entropy_srcs=[series_uid, name]))
+    if deidentify:
+        patient, profile = pseudonym(series_uid, "patient", keep=False), pydicom.Dataset()
+        profile.CodeValue, profile.CodingSchemeDesignator = "113100", "DCM"
+        profile.CodeMeaning = "Basic Application Confidentiality Profile"
+        header.DeidentificationMethodCodeSequence = [profile]
+        header.DeidentificationMethod = "PS3.15 Basic Profile, by a list of what is kept"
+        header.LongitudinalTemporalInformationModified = "REMOVED"
+        header.PatientIdentityRemoved = "NO" if header.get("BurnedInAnnotation") == "YES" else "YES"
     if deidentify or alone:
         header.PatientName, header.PatientID = f"{patient}^", patient
-    if deidentify:
-        header.PatientIdentityRemoved = "YES"
-        header.DeidentificationMethod = "Only scan attributes kept, UIDs hashed"
     number = others.get("SeriesNumber")
     number = number if isinstance(number, int) and abs(number) < 2**31 - 1000 else 0
     header.update(IMAGE | {
@@ -150,7 +166,14 @@ def series_header(about: str, series_uid: str, original: pydicom.Dataset | None,
     header.setdefault("PatientPosition", position)
     if "BodyPartExamined" not in header:
         header.Laterality = ""  # wanted, without a value, where nothing says that the part is not one of a pair
-    return header, lost
+    odd = [f"has attributes that cannot be copied and are left out: {', '.join(lost)}"] if lost else []
+    return header, odd + [BURNED_IN] * (header.get("PatientIdentityRemoved") == "NO")
+
+
+def _stays(name, value):
+    # Whether a value tells nothing but of the scan.
+    words, values = SCAN.get(name, "").split(), value if isinstance(value, MultiValue) else [value]
+    return all(str(one) in words if words else isinstance(one, int | float) for one in values)
 
 
 def write_dicom(path: Path, header: pydicom.Dataset, hu: np.ndarray, place: Place, index: int) -> None:

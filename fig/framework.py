@@ -1,4 +1,4 @@
-"""Draw fig/framework.png, the method on one slice of the sample set: `python -m fig.framework`.
+"""Draw the method on one slice of the sample set, as PNG and PDF: `python -m fig.framework`.
 
 Every picture is what the shipped network makes of slice --slice at 18 views; the numbers below are its PSNR.
 """
@@ -10,20 +10,19 @@ import torch
 from matplotlib.patches import FancyArrowPatch
 
 from datasets.slices import find_slices, read_slice
-from fig.figures import plt, write
+from fig.figures import DISPLAY, DPI, NORMAL, PAGE, SMALL, grey, plt, psnr_in, said, write
 from models.reconstructor import Reconstructor
 from utils.cli import Parser, script
 from utils.metrics import score
 from utils.units import WINDOWS, hu_to_mu, mu_to_hu
 
-HERE = Path(__file__).parent
-GREY = {"cmap": "gray", "vmin": -850, "vmax": 650}  # HU, as in the comparisons of test.py
+ROOT = Path(__file__).parent.parent
 RED, BLUE = "#b03020", "#1f4e79"
 
 
 def pictures(index: int, n_views: int) -> tuple[np.ndarray, list[tuple[str, np.ndarray, float]]]:
     """The sinogram (views, bins) and (label, HU, PSNR in dB) of the stages of one chain."""
-    files = find_slices(HERE.parent / "datasets" / "sample", "test")
+    files = find_slices(ROOT / "datasets" / "sample", "test")
     consistent, plain = Reconstructor.from_checkpoint("tiny"), Reconstructor.from_checkpoint("tiny", dc=0)
     degrade = consistent.degrade
     x0 = degrade.full(hu_to_mu(torch.from_numpy(read_slice(files[index])))[None, None])
@@ -40,22 +39,22 @@ def pictures(index: int, n_views: int) -> tuple[np.ndarray, list[tuple[str, np.n
 
 def arrow(figure, start, end, color, bend: str = "arc3") -> None:
     figure.add_artist(FancyArrowPatch(start, end, transform=figure.transFigure, connectionstyle=bend, color=color,
-                                      arrowstyle="-|>", mutation_scale=11, linewidth=1.4, shrinkA=0, shrinkB=0))
+                                      arrowstyle="-|>", mutation_scale=8, linewidth=1.1, shrinkA=0, shrinkB=0))
 
 
 @script
 def main(argv=None) -> None:
     parser = Parser("python -m fig.framework", __doc__)
     parser.add_argument("--slice", type=int, default=4, choices=range(8), help="of the sample set")
-    parser.add_argument("--out", type=Path, default=HERE / "framework.png", help="the file to write")
+    parser.add_argument("--out", type=Path, default=Path("results/framework.png"), help="the file to write")
+    parser.add_argument("--dpi", type=int, default=DPI, help="dots an inch of the PNG")
     args = parser.parse_args(argv)
     sinogram, stages = pictures(args.slice, 18)
-    plt.rcParams["mathtext.fontset"] = "cm"
 
-    wide, high = 9, 2.75  # inches
+    wide, high = PAGE, 2.45  # inches
     figure = plt.figure(figsize=(wide, high))
-    side, gap, bottom = 0.112, 0.061, 0.30  # in widths of the figure, the last in heights
-    left = [0.012 + i * (side + gap) for i in range(6)]
+    side, gap, bottom = 0.103, 0.0735, 0.35  # in widths of the figure, the last in heights
+    left = [0.006 + i * (side + gap) for i in range(6)]
     tall = side * wide / high
     middle, top = bottom + tall / 2, bottom + tall
 
@@ -63,30 +62,33 @@ def main(argv=None) -> None:
         axis = figure.add_axes((left[i], bottom, side, tall))
         axis.imshow(image, **style)
         axis.set(xticks=[], yticks=[])
-        figure.text(left[i] + side / 2, top + 0.03, label, ha="center", va="bottom", fontsize=9)
-        figure.text(left[i] + side / 2, bottom - 0.03, below, ha="center", va="top", fontsize=8, color="0.35")
+        figure.text(left[i] + side / 2, top + 0.03, label, ha="center", va="bottom", fontsize=NORMAL)
+        figure.text(left[i] + side / 2, bottom - 0.03, below, ha="center", va="top", fontsize=SMALL, color="0.35")
 
     picture(0, sinogram, r"measurement $y$", "18 views", cmap="gray", aspect="auto")
     for i, (label, hu, psnr) in enumerate(stages, 1):
-        picture(i, hu, label, f"{psnr:.1f} dB", **GREY)
+        picture(i, hu, label, f"{psnr:.1f} dB", **grey(DISPLAY))
     steps = (("FBP", "black"), ("network\n$R$", BLUE), ("CG on\n" r"$\|P_n x - y\|^2$", RED),
              ("FBP of\n" r"$n_s > n$" "\nviews: $D$", "black"), ("six more\nlevels", "black"))
     for i, (name, color) in enumerate(steps):
         arrow(figure, (left[i] + side + 0.005, middle), (left[i + 1] - 0.005, middle), color)
         figure.text(left[i] + side + (left[i + 1] - left[i] - side) / 2, middle + 0.035, name, ha="center",
-                    va="bottom", fontsize=7, color=color)
+                    va="bottom", fontsize=SMALL, color=color)
     between = [(left[i] + side + left[i + 1]) / 2 for i in range(5)]
     y_x = left[0] + side / 2
     for points, color, text in ((((y_x, top + 0.14), (y_x, 0.93), (between[2], 0.93), (between[2], middle + 0.19)), RED,
                                  "the measurement, after every call of the network"),
-                                (((left[4] + side / 2, bottom - 0.12), (left[4] + side / 2, 0.08), (between[1], 0.08),
+                                (((left[4] + side / 2, bottom - 0.12), (left[4] + side / 2, 0.13), (between[1], 0.13),
                                   (between[1], middle - 0.04)), BLUE, "again from a denser level, up to 288 views")):
-        figure.add_artist(plt.Line2D(*zip(*points[:-1], strict=True), color=color, linewidth=1.4))
+        figure.add_artist(plt.Line2D(*zip(*points[:-1], strict=True), color=color, linewidth=1.1))
         arrow(figure, points[-2], points[-1], color)
-        figure.text((points[1][0] + points[2][0]) / 2, points[1][1], text, ha="center", va="center", fontsize=8,
+        figure.text((points[1][0] + points[2][0]) / 2, points[1][1], text, ha="center", va="center", fontsize=SMALL,
                     color=color, backgroundcolor="white")
-    write(figure, args.out, dpi=130)
-    print(f"Written: {args.out}, {args.out.stat().st_size / 1000:.0f} kB.")
+    figure.text(0.994, 0.01, f"Display: {said(DISPLAY)}. {psnr_in(WINDOWS[0])}, below the pictures.", ha="right",
+                va="bottom", fontsize=SMALL, color="0.35")
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    paths = write(figure, args.out, dpi=args.dpi)
+    print(f"Written: {paths[1]} and {paths[0].name}.")
 
 
 if __name__ == "__main__":

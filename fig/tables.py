@@ -225,6 +225,7 @@ TABLES = {  # mark: (file in docs/results, its table)
     "hops": ("hops", hops),
     "reference": ("reference", reference),
     "robustness": ("robustness", robustness),
+    "size": ("size", robustness),
     "sampling": ("sampling", sampling),
 }
 

@@ -8,14 +8,17 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save
 
 from models.levels import FULL_VIEWS, LEVELS
+from models.pickles import check_pickles
 from models.scanner import PUBLISHED
 from models.unet import UNet, UNetConfig
 from utils.errors import InputError
 from utils.files import atomic
+
+LARGEST = 2**30  # bytes of a file: eight times the published network
 
 
 def save_checkpoint(path: Path, state: dict[str, torch.Tensor], network: UNetConfig, about: dict) -> None:
@@ -72,7 +75,7 @@ def _read_safetensors(path: Path) -> tuple[dict[str, torch.Tensor], dict]:
         with safe_open(path, "pt") as file:
             header = json.loads((file.metadata() or {}).get("cvg_diff", "null"))
             state = {name: file.get_tensor(name) for name in file.keys()}
-    except (SafetensorError, ValueError, OSError, RecursionError) as error:
+    except Exception as error:  # a damaged file fails in many ways
         raise InputError(f"{path} is not a whole safetensors file ({error}); copy or download it again.") from error
     if not isinstance(header, dict):
         raise InputError(f"{path} carries no CvG-Diff configuration; expected a file that train.py wrote.")
@@ -85,17 +88,24 @@ def _read_safetensors(path: Path) -> tuple[dict[str, torch.Tensor], dict]:
 def _read_published(path: Path) -> tuple[dict[str, torch.Tensor], dict]:
     """The published form: {"net_param": weights named [module.]denoise_fn.*, "epoch": ...}. No pickled code is run."""
     try:
+        check_pickles(path)
         content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:
         raise InputError(f"{path} holds more than weights, or is no PyTorch file. Unpickling it could run code, so "
                          "nothing in it was run. Expected a .safetensors file or a checkpoint of the published "
                          "CvG-Diff code.") from None
+    except InputError:
+        raise
     except Exception as error:  # a damaged file fails in many ways
         raise InputError(f"{path} is not a whole PyTorch file ({type(error).__name__}); copy or download it "
                          "again.") from error
     try:
+        tensors = content.get("net_param")
+        if sum(value.numel() for value in tensors.values()) > path.stat().st_size:  # many views of few numbers
+            raise InputError(f"{path} describes more weights than it holds; expected a checkpoint of the published "
+                             "CvG-Diff code.")
         state = {name.removeprefix("module.").removeprefix("denoise_fn."): value.float()
-                 for name, value in content.get("net_param").items()}
+                 for name, value in tensors.items()}
     except AttributeError:  # no dictionaries, or no names and tensors in them
         raise InputError(f"{path} has no weights under net_param; expected a checkpoint of the published CvG-Diff "
                          "code.") from None
@@ -122,6 +132,9 @@ def load_checkpoint(path: str | Path, device: str = "cpu") -> tuple[UNet, dict]:
     path = Path(path)
     if not path.is_file():
         raise InputError(f"The checkpoint {path} does not exist.")
+    if path.stat().st_size > LARGEST:
+        raise InputError(f"{path} has {path.stat().st_size / 2**30:.1f} GiB; expected weights of at most "
+                         f"{LARGEST / 2**30:.0f} GiB.")
     state, header = (_read_safetensors if path.suffix == ".safetensors" else _read_published)(path)
     try:
         config = UNetConfig(**{**header["network"], "multipliers": tuple(header["network"]["multipliers"])})
@@ -154,8 +167,11 @@ def _check_header(path: Path, header: dict) -> None:
             raise InputError(f"{path} was trained with another {name}: {header[name]}; this version simulates {here}. "
                              "Evaluate it with the code that trained it.")
     training = header.get("training", {})
-    if not (isinstance(training, dict) and isinstance(training.get("preset", {}), dict)):
-        raise InputError(f"{path} says that it was trained as {training!r:.99}; expected a description by train.py.")
+    if not (isinstance(training, dict) and isinstance(training.get("preset", {}), dict)
+            and isinstance(header.get("size", 256), int) and header.get("protocol", "cvg") in ("cvg", "cvg-official")
+            and str(header.get("preset", "unnamed")).isprintable()):
+        raise InputError(f"{path} does not say how it was trained; expected the header that train.py writes "
+                         "(docs/formats.md).")
     levels = header.get("levels", LEVELS)
     if not (isinstance(levels, list | tuple) and levels and all(isinstance(n, int) and n > 0 for n in levels)
             and sorted(set(levels), reverse=True) == list(levels)):

@@ -4,42 +4,53 @@ import torch
 from torch_radon.solvers import cgne
 
 from models.degradation import Degradation
+from models.graphs import directly
 
 # When sampling. On validation slices 8 lose 0.1 / 0.3 / 0.6 dB at 18 / 36 / 72 views and 32 gain 0.0 / 0.1 / 0.2.
 ITERATIONS = 16
 
 
-def data_consistency(degrade: Degradation, y, iterations: int, photons: float | None = None, electronic: float = 0.0):
+def data_consistency(degrade: Degradation, y, iterations: int, photons=None, electronic=0.0):
     """dc(x0_hat, slices): `iterations` of CG on min |P_n x - y|^2 from the estimates x0_hat (B, 1, H, H) of `slices`.
 
     y: measured sinograms, (B, 1, n, bins) or a list of (1, n, bins). The correction lies in the range of P_n^T: what
     the measurement does not see stays as the network has it. None for 0 iterations.
-    photons, electronic: I0 and electronic noise (counts) of a noisy measurement. A slice then stops by the discrepancy
-    principle, where noise alone would leave what is left: as soon as sum r^2/sigma <= sum sigma, r the residual and
-    sigma the deviation of each ray. Dividing by sigma instead of its square keeps the rays through air, where there is
-    nothing to correct, from deciding.
+    photons, electronic: I0 (inf or None without noise) and electronic noise (counts) of noisy measurements, numbers or
+    tensors, one a slice (B,). A slice then stops by the discrepancy principle, where noise alone would leave what is
+    left: as soon as sum r^2/sigma <= sum sigma, r the residual and sigma the deviation of each ray. Dividing by sigma
+    instead of its square keeps the rays through air, where there is nothing to correct, from deciding.
     """
     @torch.no_grad()
     def dc(x0_hat, slices):
         views = [y[i].shape[-2] for i in slices]
         if x0_hat.is_cuda or len(set(views)) == 1:
-            return solve(x0_hat, [y[i] for i in slices])
+            return solve(x0_hat, slices)
         x = torch.empty_like(x0_hat)  # a CPU takes one view count after the other: nothing is padded
         for n in dict.fromkeys(views):
             group = [j for j, v in enumerate(views) if v == n]
-            x[group] = solve(x0_hat[group], [y[slices[j]] for j in group])
+            x[group] = solve(x0_hat[group], [slices[j] for j in group])
         return x
 
-    def solve(x0_hat, measured):
-        views, noise = [p.shape[-2] for p in measured], {}
+    def solve(x0_hat, slices):
+        measured = [y[i] for i in slices]
+        views = [p.shape[-2] for p in measured]
         ragged, size = len(set(views)) > 1, x0_hat.shape[-1]
         operator = degrade.operator(size, views if ragged else views[0])
         measured = operator.pad(measured) if ragged else torch.stack(measured)
-        if photons:
-            sigma = deviation(measured, photons, degrade.scanner.pixel_cm(size), electronic)
-            there = operator.exists(x0_hat.device)[:, None] if ragged else 1.0
-            noise = {"target": (there * sigma).sum((-2, -1), keepdim=True), "target_weights": there / sigma}
-        return cgne(operator, x0_hat, measured, max_iter=iterations, **noise)
+        noise = [torch.stack([v[i] for i in slices]).view(-1, 1, 1, 1) if isinstance(v, torch.Tensor) else v
+                 for v in (photons, electronic)]
+
+        def fit(x0_hat, measured):
+            stop = {}
+            if photons is not None:
+                sigma = deviation(measured, noise[0], degrade.scanner.pixel_cm(size), noise[1])
+                there = operator.exists(x0_hat.device)[:, None] if ragged else 1.0
+                stop = {"target": (there * sigma).sum((-2, -1), keepdim=True), "target_weights": there / sigma}
+            return cgne(operator, x0_hat, measured, max_iter=iterations, **stop)
+
+        key = "dc", degrade, iterations, photons, electronic
+        graphs = directly if ragged or isinstance(photons, torch.Tensor) else degrade.graphs
+        return graphs(key, fit, x0_hat, measured)
 
     return dc if iterations else None
 
@@ -56,10 +67,12 @@ def relative_residual(degrade: Degradation, y: torch.Tensor, size: int, iteratio
     return left / measured.clamp_min(torch.finfo(y.dtype).tiny)
 
 
-def deviation(y: torch.Tensor, photons: float, pixel_cm: float, electronic: float = 0.0) -> torch.Tensor:
+def deviation(y: torch.Tensor, photons, pixel_cm: float, electronic=0.0) -> torch.Tensor:
     """Standard deviation of each ray of a sinogram in 1/cm x pixels, to first order.
 
-    It is that of I0 exp(-p pixel_cm) counts with electronic noise, over their number and pixel_cm.
+    It is that of I0 exp(-p pixel_cm) counts with electronic noise, over their number and pixel_cm. photons, electronic:
+    numbers, or tensors that broadcast to y; without noise photons are inf and the deviation next to nothing.
     """
+    photons = photons.clamp_max(1e30) if isinstance(photons, torch.Tensor) else min(photons, 1e30)
     counts = photons * torch.exp(-y * pixel_cm)
     return (counts + electronic**2).sqrt() / (counts * pixel_cm)

@@ -1,18 +1,21 @@
 """What a network and its training cost: parameters, FLOPs, memory, time."""
 
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import lru_cache
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
+from datasets.loader import load_batch
 from datasets.slices import find_slices, read_slices
 from models.presets import Preset
-from models.schedule import budget
+from models.schedule import budget, forward_calls
+from models.training import Trainer
 from models.unet import UNet, UNetConfig
-from utils.device import bf16_pays
+from utils.device import synchronize
+from utils.progress import Progress
 
 
 @lru_cache(maxsize=32)
@@ -48,24 +51,23 @@ def describe_run(preset: Preset, data, device: str) -> str:
     images, steps, calls = budget(preset, len(files))
     copies = 5 * (8 if preset.precision == "fp64" else 4)  # bytes: weights, EMA, gradient, the two averages of Adam
     held = kept * -(-preset.batch // preset.accumulate) + copies * parameters
-    hours = calls / 3 * seconds_a_call(preset, size, device) / 3600
+    hours = calls / forward_calls(preset, 1 + preset.hops) * seconds_an_image(preset, size, device) / 3600
     return "\n".join([
         *(f"{name:18} {value}" for name, value in asdict(preset).items()),
         f"{parameters:,} parameters; {flops / 1e9:.2f} GFLOP for a call of one slice of {size}x{size}",
         f"{images:,} images, {steps:,} optimizer steps, {calls * flops / 1e15:.4g} PFLOP",
         f"about {held / 2**30:.2f} GiB for one process, besides slices and projector tables",
-        f"about {hours:.2f} h for the network, by one call on this device"])
+        f"about {hours:.2f} h besides validation, by one update on this device"])
 
 
-def seconds_a_call(preset: Preset, size: int, device: str) -> float:
-    """Seconds of one forward and backward call of one slice, measured; the first of two warms up."""
-    network = UNet(preset.network()).to(device, preset.dtype)
-    x, t = torch.zeros(1, 1, size, size, device=device, dtype=preset.dtype), torch.zeros(1, device=device)
-    bf16 = preset.precision == "bf16" and bf16_pays(device)
-    for _ in range(2):
+def seconds_an_image(preset: Preset, size: int, device: str, processes: int = 1) -> float:
+    """Seconds that a training image takes where all hops are made, measured; the first of two updates warms up."""
+    count = 1 if device == "cpu" else -(-preset.batch // (preset.accumulate * processes))  # a GPU likes batches
+    preset = replace(preset, epct_start=0, accumulate=1)
+    trainer = Trainer(preset, seed=0, steps=2, device=device)
+    _, parts, weight = load_batch(torch.full((count, 1, size, size), 0.2, dtype=preset.dtype), (0, count), 0, preset)
+    for _ in Progress(range(2), desc="Measuring how long an update takes", leave=False):
         start = time.perf_counter()
-        with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=bf16):
-            x0_hat = network(x, t)
-        x0_hat.sum().backward()
-        network.conv_in.weight.grad.sum().item()  # waits for the device
-    return time.perf_counter() - start
+        trainer.update(parts, weight, epoch=0)
+        synchronize(device)
+    return (time.perf_counter() - start) / (count * processes)

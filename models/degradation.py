@@ -5,6 +5,7 @@ is here, the same for the published scanner and a real one.
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import lru_cache
 
@@ -12,6 +13,7 @@ import numpy as np
 import torch
 from torch_radon import BaseRadon, Stack
 
+from models.graphs import directly
 from models.levels import FULL_VIEWS
 from models.scanner import PublishedScanner, Scanner
 
@@ -60,7 +62,8 @@ def _difference(scanner, n_t: int, n_s: int) -> tuple[tuple[float, ...], np.ndar
 def _difference_weights(scanner, steps: tuple[tuple[int, int], ...], device: torch.device) -> torch.Tensor:
     """The weights of `_difference` for a step (n_t, n_s) a slice, (B, views) or (B, views, bins), zero beyond a slice's
     views."""
-    return _together([torch.from_numpy(_difference(scanner, *step)[1]).float() for step in steps]).to(device)
+    weights = _together([torch.from_numpy(_difference(scanner, *step)[1]).float() for step in steps])
+    return weights.to(device, non_blocking=True)
 
 
 def _together(weights: list[torch.Tensor]) -> torch.Tensor:
@@ -84,11 +87,13 @@ class Degradation:
     """D and what follows from it, without gradients. Images: mu (B, 1, H, H) float32, 1/cm.
 
     View counts are one number for the batch or a list, one a slice. official: D'(x, n) = D(R x, n), with the extra
-    full-view pass of the published code. It acts on estimates; a measurement is P_n x in any case.
+    full-view pass of the published code. It acts on estimates; a measurement is P_n x in any case. graphs: how D and
+    `shift` are called (models/graphs.py).
     """
 
     scanner: PublishedScanner | Scanner = field(default_factory=PublishedScanner)
     official: bool = False
+    graphs: Callable = field(default=directly, repr=False, compare=False)
 
     def operator(self, size: int, n_views: int | list[int]) -> BaseRadon | Stack:
         """The projector P_n of size x size pixels (torch_radon); for a list of counts the stack of theirs.
@@ -106,7 +111,7 @@ class Degradation:
 
     def full(self, x: torch.Tensor) -> torch.Tensor:
         """R(x) = D(x, 720): what counts as ground truth."""
-        return Degradation(self.scanner.from_zero())(x, FULL_VIEWS)
+        return Degradation(self.scanner.from_zero(), graphs=self.graphs)(x, FULL_VIEWS)
 
     def __call__(self, x: torch.Tensor, n_views: int | list[int]) -> torch.Tensor:
         """D(x, n)."""
@@ -118,7 +123,12 @@ class Degradation:
             weights = _weights(self.scanner, n_views, x.device)
         elif weights := [w for n in n_views if (w := _weights(self.scanner, n, x.device)) is not None] or None:
             weights = _together(weights)
-        return _degrade(self._padded(x.shape[-1], n_views), x, weights)
+
+        def degraded(x, weights=None):
+            return _degrade(self._padded(x.shape[-1], n_views), x, weights)
+
+        key = "D", self, n_views if isinstance(n_views, int) else tuple(n_views)
+        return self.graphs(key, degraded, *((x,) if weights is None else (x, weights)))
 
     def project(self, x: torch.Tensor, n_views: int | list[int]) -> torch.Tensor | list[torch.Tensor]:
         """Sinograms y = P_n x: (B, 1, n, bins), or for a list of view counts a list of (1, n, bins)."""
@@ -142,8 +152,12 @@ class Degradation:
         if self.official:
             x0_hat = self.full(x0_hat)
         steps = tuple(zip(n_t, n_s, strict=True))
-        projectors = [_difference_projector(self.scanner, x_t.shape[-1], *step) for step in steps]
-        weights = _difference_weights(self.scanner, steps, x_t.device)
-        if len(set(steps)) == 1:
-            return x_t + _degrade(projectors[0], x0_hat, weights[0])
-        return x_t + _degrade(Stack(projectors), x0_hat, weights)
+
+        def shifted(x_t, x0_hat, weights):
+            projectors = [_difference_projector(self.scanner, x_t.shape[-1], *step) for step in steps]
+            if len(set(steps)) == 1:
+                return x_t + _degrade(projectors[0], x0_hat, weights[0])
+            return x_t + _degrade(Stack(projectors), x0_hat, weights)
+
+        return self.graphs(("shift", self, steps), shifted, x_t, x0_hat,
+                           _difference_weights(self.scanner, steps, x_t.device))

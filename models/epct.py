@@ -1,5 +1,6 @@
 """Error-Propagating Composite Training (EPCT; Chen et al., MICCAI 2025): the network's inputs and its loss."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -8,24 +9,10 @@ import torch
 from datasets.loader import Part
 from models.consistency import data_consistency
 from models.degradation import Degradation
-from models.estimate import anchored_residual
+from models.drawn import add_noise, draw_noise, draw_views
+from models.estimate import anchored_residual, on_device
 from models.levels import LEVELS, chain_levels, condition
 from models.presets import Preset
-
-
-def draw_views(u: float, preset: Preset) -> int:
-    """Views n_T of a measurement from a uniform draw u.
-
-    With probability `any_view_share` any count from 18 to 288, the angle between two views uniform; of the others, with
-    probability `focus_share` one of `focus_views`, else a published level's.
-    """
-    if u < preset.any_view_share:
-        densest, sparsest = 1 / LEVELS[0], 1 / LEVELS[-1]
-        return round(1 / (sparsest - u / preset.any_view_share * (sparsest - densest)))
-    u = (u - preset.any_view_share) / (1 - preset.any_view_share)
-    if u < preset.focus_share:
-        return preset.focused[int(u / preset.focus_share * len(preset.focused))]
-    return LEVELS[int((u - preset.focus_share) / (1 - preset.focus_share) * len(LEVELS))]
 
 
 def next_level(n: int, levels: tuple[int, ...], uniform, jumps: float) -> int:
@@ -63,7 +50,7 @@ def compose(degrade: Degradation, x_t: torch.Tensor, n_t: list[int], x0_hat: tor
 
 
 def _at_level_0(n_t: list[int], like: torch.Tensor) -> torch.Tensor:
-    return torch.tensor([n >= LEVELS[0] for n in n_t], device=like.device).view(-1, 1, 1, 1)
+    return on_device([n >= LEVELS[0] for n in n_t], like.device).view(-1, 1, 1, 1)
 
 
 @dataclass
@@ -81,15 +68,27 @@ class Chain:
     x0_hat: torch.Tensor | None = None       # the last estimate
     is_estimate: torch.Tensor | None = None  # where x_t is an estimate itself and has no residual, (B, 1, 1, 1)
     residual: torch.Tensor | None = None     # the last anchored residual
+    photons: torch.Tensor | None = None      # what the network is told of the noise, (B,)
 
 
-def start_chain(part: Part, degrade: Degradation, preset: Preset, device: str) -> Chain:
-    """The restore input x_T = D(x0, n_T), n_T drawn for each slice."""
-    x0 = part.x.to(device, non_blocking=True)
-    n_T = [draw_views(u[0], preset) for u in part.uniform]
-    dc = data_consistency(degrade, degrade.project(x0, n_T), preset.dc) if preset.dc else None
-    x_T = degrade(x0, n_T)
-    return Chain(part, x0, degrade, x_T, n_T, dc, x_T, n_T)
+def start_chain(part: Part, degrade: Degradation, preset: Preset, device: str, seed: int = 0) -> Chain:
+    """The restore input, n_T drawn for each slice: x_T = D(x0, n_T), or the FBP of noisy measurements.
+
+    A drawn scanner has its n_T views, the same for every slice.
+    """
+    x0, size = part.x.to(device, non_blocking=True), part.x.shape[-1]
+    angles = getattr(degrade.scanner, "angles", ())
+    n_T = [len(angles) or draw_views(u[0], preset) for u in part.uniform]
+    noise = [draw_noise(u[-3:], preset) for u in part.uniform] if preset.noise_share else []
+    noisy = any(math.isfinite(photons) for photons, _ in noise)
+    y = degrade.project(x0, n_T) if preset.dc or noisy else None
+    y = add_noise(y, noise, size, seed, part.indices) if noisy else y
+    x_T = torch.cat([degrade.fbp(p[None], size) for p in y]) if noisy else degrade(x0, n_T)
+    photons, electronic = None, 0.0
+    if noise:
+        photons, electronic = torch.tensor(noise, dtype=torch.float32).T.to(device, non_blocking=True)
+    dc = data_consistency(degrade, y, preset.dc, photons, electronic) if preset.dc else None
+    return Chain(part, x0, degrade, x_T, n_T, dc, x_T, n_T, photons=photons if preset.told_photons else None)
 
 
 def advance(chain: Chain, hop: int, preset: Preset) -> None:
@@ -105,23 +104,24 @@ def advance(chain: Chain, hop: int, preset: Preset) -> None:
     chain.x_t, chain.n_t = compose(chain.degrade, chain.x_t, chain.n_t, x0_hat, n_s, preset.update), n_s
 
 
-def network_input(chain: Chain, network, preset: Preset) -> tuple[torch.Tensor, torch.Tensor]:
-    """What the network is called with: x_t (B, channels, H, H) and t (B,).
+def network_input(chain: Chain, network, preset: Preset) -> tuple[torch.Tensor, ...]:
+    """What the network is called with: x_t (B, channels, H, H), t (B,) and, if it is told them, photons (B,).
 
     The second channel is ReCo-Diff's tanh(x_t - D(x0_hat, n_t)), x0_hat = R([x_t, 0], t) without gradient; 0 where x_t
     is an estimate itself (arXiv 2603.02691). Or, anchored, RBG-Diff's, from the estimate before; 0 in the first call.
     """
-    t = torch.tensor([condition(n, preset.conditioning) for n in chain.n_t], device=chain.x_t.device)
+    t = on_device([condition(n, preset.conditioning) for n in chain.n_t], chain.x_t.device)
+    told = (t,) if chain.photons is None else (t, chain.photons)
     if preset.channels == 1:
-        return chain.x_t, t
+        return chain.x_t, *told
     if preset.residual_channel == "anchored":
         residual = torch.zeros_like(chain.x_t) if chain.residual is None else chain.residual
-        return torch.cat([chain.x_t, residual], dim=1), t
+        return torch.cat([chain.x_t, residual], dim=1), *told
     with torch.no_grad():
-        x0_hat = network(chain.x_t, t)
+        x0_hat = network(chain.x_t, *told)
         x0_hat = torch.where(x0_hat.isfinite(), x0_hat, chain.x_t)
     with torch.autocast(t.device.type, enabled=False):
         residual = torch.tanh(chain.x_t - chain.degrade(x0_hat, chain.n_t))
     if chain.is_estimate is not None:
         residual = residual.masked_fill(chain.is_estimate, 0)
-    return torch.cat([chain.x_t, residual], dim=1), t
+    return torch.cat([chain.x_t, residual], dim=1), *told

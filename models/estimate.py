@@ -4,30 +4,46 @@ import sys
 
 import torch
 
+from models.graphs import directly
 from models.levels import LEVELS, condition
 from utils.units import HU_RANGE, hu_to_mu
 
 
-def denoiser(network, clip: bool = True, precision: str = "fp32", levels: tuple[int, ...] = LEVELS):
+def denoiser(network, clip: bool = True, precision: str = "fp32", levels: tuple[int, ...] = LEVELS,
+             photons: float | None = None, graphs=directly):
     """denoise(x_t, n_t): R(x_t, t) for x_t (B, channels, H, H) and a list of view counts.
 
     clip: keep estimates within what HU can be, [-1024, 3071], so that the errors of a long chain do not grow without
-    bound; the published procedure does not. precision: "fp32" or "bf16", the network's arithmetic. A CPU takes one
-    slice at a time: its convolutions add in an order that depends on the batch, and a chain magnifies that to 3e-4.
+    bound; the published procedure does not. precision: "fp32" or "bf16", the network's arithmetic. photons: I0 of noisy
+    measurements, where known, for a network that is told it. graphs: see models/graphs.py. A CPU takes one slice at a
+    time: its convolutions add in an order that depends on the batch, and a chain magnifies that to 3e-4.
     """
     lowest, highest = (hu_to_mu(hu) for hu in HU_RANGE)
-    device = next(network.parameters()).device
+    weight = next(network.parameters())
+    device = weight.device
     together = 1 if device.type == "cpu" else sys.maxsize
+
+    def estimate(x_t, *told):
+        with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
+            parts = zip(*(values.split(together) for values in (x_t, *told)), strict=True)
+            x0_hat = torch.cat([network(*part) for part in parts])
+        return x0_hat.clamp(lowest, highest) if clip else x0_hat
 
     @torch.no_grad()
     def denoise(x_t, n_t):
-        t = torch.tensor([condition(n, network.config.conditioning, levels) for n in n_t], device=device)
-        with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
-            parts = zip(x_t.split(together), t.split(together), strict=True)
-            x0_hat = torch.cat([network(x, level) for x, level in parts])
-        return x0_hat.clamp(lowest, highest) if clip else x0_hat
+        t = on_device([condition(n, network.config.conditioning, levels) for n in n_t], device)
+        told = (t, torch.full_like(t, photons)) if photons and network.config.told_photons else (t,)
+        return graphs((network, weight.data_ptr(), clip, precision), estimate, x_t, *told)
 
     return denoise
+
+
+def on_device(values: list[float] | list[bool], device) -> torch.Tensor:
+    """Numbers as (n,) on a device, float32 or bool. Nobody waits; equal ones take no copy, so that graphs may have it.
+    """
+    if len(set(values)) == 1:
+        return torch.full((len(values),), values[0], device=device)
+    return torch.tensor(values).to(device, non_blocking=True)
 
 
 def anchored_residual(degrade, x0_hat: torch.Tensor, x_T: torch.Tensor, n_T) -> torch.Tensor:
@@ -58,7 +74,8 @@ class Estimate:
         slices = range(len(self.x_T)) if slices is None else slices
         if self.anchored and self._last and residual is None:
             last = torch.stack([self._last[i] for i in slices])
-            residual = anchored_residual(self.degrade, last, self.x_T[list(slices)], [self.n_T] * len(last))
+            x_T = torch.stack([self.x_T[i] for i in slices])
+            residual = anchored_residual(self.degrade, last, x_T, [self.n_T] * len(last))
         x0_hat = self.denoise(x_t if residual is None else torch.cat([x_t, residual], dim=1), n_t)
         self._last.update(zip(slices, x0_hat, strict=True))
         if self.consistency and consistent:

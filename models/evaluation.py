@@ -16,16 +16,19 @@ from datasets.slices import read_manifest
 from models.baselines import sirt
 from models.degradation import Degradation
 from models.estimate import Estimate
+from models.graphs import PLAIN_CALLS
 from models.reconstructor import Reconstructor
-from models.samplers import redegrade, sequential
-from models.scanner import Scanner, make_scanner, to_pixels
+from models.samplers import SAMPLERS, redegrade, sequential
+from models.scanner import PUBLISHED, Scanner, make_scanner, to_pixels
 from utils.device import memory, synchronize
 from utils.errors import InputError
 from utils.files import atomic, writing
 from utils.metrics import score
 from utils.progress import Progress
 from utils.results import append
-from utils.units import mu_to_hu, pixel_cm
+from utils.units import mu_to_hu
+
+LOSS_AT_512 = 5.0  # of spdps at 18 views: docs/results/size.json
 
 HELD_OUT = "held_out.csv"  # of measured scans: file, method, views, residual on views that were not used
 
@@ -111,35 +114,33 @@ def simulate_measurement(x0: torch.Tensor, n_views: int, names: list[str], degra
     y = degrade.project(x0, n_views)
     if noise.photons is None:
         return y
-    noisy = []
+    noisy, cm = [], degrade.scanner.pixel_cm(x0.shape[-1])
     for sinogram, name in zip(y.cpu(), names, strict=True):
         digest = hashlib.sha256(f"{noise.seed}/{name}/{n_views}".encode()).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
-        noisy.append(transmission_noise(sinogram, noise.photons, pixel_cm(x0.shape[-1]), noise.electronic, generator))
+        noisy.append(transmission_noise(sinogram, noise.photons, cm, noise.electronic, generator))
     return torch.stack(noisy).to(y.device)
 
 
 @torch.no_grad()
 def warm_up(reconstructor: Reconstructor, y: torch.Tensor, size: int) -> None:
-    """Compile kernels, build tables and let libraries choose algorithms before anything is timed."""
+    """Compile kernels, build tables, make graphs and let libraries choose algorithms before anything is timed."""
     degrade, n = reconstructor.degrade, y.shape[-2]
     estimate = Estimate(lambda x, n_t: x[:, :1], degrade, degrade.fbp(y, size), n)
-    sequential(estimate, degrade, estimate.x_T, reconstructor.chain(n), redegrade)
-    reconstructor.run("one-step", y, size)
+    for _ in range(1 + PLAIN_CALLS if y.is_cuda else 1):
+        sequential(estimate, degrade, estimate.x_T, reconstructor.chain(n), redegrade)
+        reconstructor.run("one-step", y, size)
     sirt(degrade, y, size, iterations=1)
 
 
 def timed(reconstructor: Reconstructor, method: str, y: torch.Tensor, size: int, **options):
-    """(x0_hat, calls, seconds a slice, GiB at most) of `Reconstructor.run`: on a GPU those that tensors took in it."""
-    device, gpu = str(y.device), y.device.type == "cuda"
-    if gpu:
-        torch.cuda.reset_peak_memory_stats(device)
+    """(x0_hat, calls, seconds a slice, GiB of this process at most) of `Reconstructor.run`."""
+    device = str(y.device)
     synchronize(device)
     start = time.perf_counter()
     x0_hat, calls = reconstructor.run(method, y, size, **options)
     synchronize(device)
-    gib = torch.cuda.max_memory_allocated(device) / 2**30 if gpu else memory(device)
-    return x0_hat, calls, (time.perf_counter() - start) / len(y), gib
+    return x0_hat, calls, (time.perf_counter() - start) / len(y), memory(device)
 
 
 def score_rows(x0_hat: torch.Tensor, x0: torch.Tensor, windows, common: list[dict]) -> list[dict]:
@@ -188,6 +189,30 @@ def evaluate(args, reconstructor: Reconstructor, noise: Noise | Measured, mu: to
                     with writing(args.out), open(args.out / HELD_OUT, "a", encoding="utf-8") as file:
                         file.writelines(lines)
                 bar.set_postfix(dB=f"{float(rows[0]['psnr']):.1f}", refresh=False)
+
+
+def cautions(reconstructor: Reconstructor, methods: list[str], size: int, photons: float | None,
+             again: dict | str) -> list[str]:
+    """What a person should know of these weights on slices of `size` pixels, measured by so many photons a ray.
+
+    again: of datasets.leakage.met_again. Nothing where no method uses the weights.
+    """
+    if not SAMPLERS.keys() & set(methods):
+        return []
+    header = reconstructor.header
+    trained, preset = header.get("size", PUBLISHED["size"]), header.get("training", {}).get("preset", {})
+    texts, least = [], preset.get("fewest_photons")
+    if size != trained:
+        texts.append(f"the weights were trained on slices of {trained} pixels a side, and these have {size}. At "
+                     f"512 pixels tiny, trained on 256, lost {LOSS_AT_512} dB (docs/results.md, Other sizes).")
+    if photons and not preset.get("noise_share"):
+        texts.append(f"the weights were trained without noise, and {photons:g} photons a ray are simulated.")
+    elif photons and isinstance(least, int | float) and photons < least:
+        texts.append(f"the weights saw noise of {least:g} photons a ray or more, and {photons:g} are simulated.")
+    if isinstance(again, dict) and any(again.values()):
+        texts.append(f"{again['slices']} of these slices and {again['patients']} of their patients, by name, took part "
+                     "in the training of the weights: the numbers look better than they are.")
+    return texts
 
 
 def save_images(paths: list[Path], x0_hat: torch.Tensor) -> None:

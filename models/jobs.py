@@ -1,8 +1,8 @@
 """What reconstruct.py reconstructs: slices of which views are simulated, or a measured scan."""
 
-import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -35,7 +35,7 @@ class Job:
     original: str | None = None            # DICOM file whose study the output joins
     patient: str = "unknown"               # pseudonym
     problems: tuple[tuple[str, str, str], ...] = ()  # (file, status, reason)
-    source: str = ""                       # hash of names and sizes of the input's files
+    source: str = ""                       # hash of names and contents of the input's files
     checks: dict = field(default_factory=dict)       # of a measured scan, for run.json
 
 
@@ -172,6 +172,8 @@ def named(name: str, function, *given):
 
 
 def fingerprint(files) -> str:
-    """Hash of files' names and sizes and what comes with each."""
-    text = "\n".join(f"{Path(path).name} {os.path.getsize(path)} {more}" for path, more in files)
+    """Hash of the names and contents of files, or of the files in a folder, and of what comes with each."""
+    content = cache(lambda path: [(file.name, hash16(file)) for file in sorted((path, *path.glob("[!.]*")))
+                                  if file.is_file()])
+    text = "\n".join(f"{content(Path(path))} {more}" for path, more in files)
     return hash16(text.encode(errors="backslashreplace"))

@@ -25,6 +25,7 @@ class Preset:
     residual: Annotated[bool, "predict x0 - x_t instead of x0"] = False
     shift: Annotated[float, "the network sees (mu - shift)/scale, 1/cm"] = 0.0
     scale: Annotated[float, "see --shift"] = 1.0
+    told_photons: Annotated[bool, "the network knows the photons of a measurement"] = False
     zero_init: Annotated[bool, "start as the identity (with --residual)"] = False
     # budget and batches
     images: Annotated[int, "training images to see in all; 0: --epochs passes over the data"] = 0
@@ -43,6 +44,14 @@ class Preset:
     focus_views: Annotated[str, "those that the field reports; one that stands twice is drawn twice as often"] = \
         "18 36 72"
     any_view_share: Annotated[float, "share of measurements with any 18 to 288 views instead of a level's"] = 0.0
+    # what measures
+    noise_share: Annotated[float, "share of measurements with photon noise"] = 0.0
+    fewest_photons: Annotated[float, "a ray, of noisy measurements; log-uniform from here"] = 1e4
+    most_photons: Annotated[float, "to here"] = 1e7
+    electronic: Annotated[float, "largest deviation of their electronic noise, counts; uniform from 0"] = 5.0
+    scanner_share: Annotated[float, "share of batches on another scanner (models/drawn.py)"] = 0.0
+    scanners: Annotated[int, "how many others there are"] = 256
+    # loss
     loss: Annotated[Literal["mse", "rmse"], "of each slice; rmse weighs all slices alike"] = "mse"
     estimates_by: Annotated[Literal["ema", "own"], "whose estimate a hop uses; own: that of the training call, without "
                             "an extra call"] = "ema"
@@ -64,8 +73,7 @@ class Preset:
     # validation and what is published
     publish: Annotated[Literal["raw", "ema"], "which weights validation measures and checkpoint.safetensors holds"] = \
         "raw"
-    val_sampler: Annotated[Literal[*SAMPLERS], "sampler of the validation, with the preset's data consistency"] = \
-        "sequential"
+    val_sampler: Annotated[Literal[*SAMPLERS], "sampler of the validation"] = "sequential"
     val_slices: Annotated[int, "slices, evenly spread over the validation set; 0: all"] = 0
     val_every: Annotated[int, "images between validations; 0: after passes 0, 3, 6, ... and the last"] = 0
     save_every: Annotated[int, "images between checkpoints"] = 4000
@@ -82,14 +90,20 @@ class Preset:
             for name in names.split():
                 if not fits(getattr(self, name)):
                     raise InputError(f"{name} is {getattr(self, name)}; expected {expected}")
-        if not math.isfinite(self.lr + self.weight_decay + self.shift + self.scale):
-            raise InputError("lr, weight_decay, shift or scale is not finite")
+        if not math.isfinite(self.lr + self.weight_decay + self.shift + self.scale + self.most_photons
+                             + self.electronic):
+            raise InputError("lr, weight_decay, shift, scale, most_photons or electronic is not finite")
         views = self.focus_views.split()
         if not views or not all(n.isdecimal() and 1 <= int(n) <= FULL_VIEWS for n in views):
             raise InputError(f"focus_views is {self.focus_views!r}; expected counts from 1 to {FULL_VIEWS}, as "
                              "'18 36 72'")
         if self.residual_channel == "anchored" and self.channels == 1:
             raise InputError("residual_channel anchored needs channels 2")
+        if self.told_photons and not self.noise_share:
+            raise InputError("told_photons needs a noise_share above 0")
+        if self.fewest_photons > self.most_photons:
+            raise InputError(f"fewest_photons is {self.fewest_photons:g} and most_photons {self.most_photons:g}; "
+                             "expected no more than these")
         if SAMPLERS[self.val_sampler].two_pass and (self.channels, self.residual_channel) != (2, "two-pass"):
             raise InputError(f"val_sampler {self.val_sampler} needs channels 2 and residual_channel two-pass")
 
@@ -118,13 +132,14 @@ class Preset:
 
 COMPUTATION = ("accumulate", "patience")
 RANGES = (  # fields, what fits, what is expected
-    ("blocks stem epochs batch save_every ema_every patience accumulate", lambda v: v >= 1, "1 or more"),
-    ("images hops val_every val_slices warmup dc lr", lambda v: v >= 0, "0 or more"),
+    ("blocks stem epochs batch save_every ema_every patience accumulate scanners fewest_photons",
+     lambda v: v >= 1, "1 or more"),
+    ("images hops val_every val_slices warmup dc lr electronic", lambda v: v >= 0, "0 or more"),
     ("width", lambda v: v >= 32 and v % 32 == 0, "a multiple of 32, the groups of its normalisation"),
     ("channels", lambda v: v in (1, 2), "1, or 2 for the residual channel"),
     ("scale clip", lambda v: v > 0, "a positive number"),
     ("focus_share any_view_share dropout ema", lambda v: 0 <= v < 1, "a share from 0 to below 1"),
-    ("jumps", lambda v: 0 <= v <= 1, "a share from 0 to 1"),
+    ("jumps noise_share scanner_share", lambda v: 0 <= v <= 1, "a share from 0 to 1"),
 )
 # Fields of older versions: their new names, and those that are gone with the value that meant "off".
 RENAMED = {"between": "any_view_share", "focus": "focus_share", "rollout": "estimates_by"}
@@ -155,6 +170,8 @@ TINY = replace(
     optimizer="adamw", lr=1e-3, weight_decay=1e-4, schedule="cosine", warmup=100, precision="bf16", ema=0.999,
     ema_every=1, ema_start=100, ema_dropout=False, publish="ema", val_sampler="naive", val_slices=8, val_every=1000,
     save_every=200)
+# What real measurements are: noisy, and made by other scanners.
+REAL = {"told_photons": True, "noise_share": 0.5, "scanner_share": 0.3}
 PRESETS = {
     # The published recipe (Chen et al., MICCAI 2025), number by number.
     "paper": PAPER,
@@ -162,10 +179,14 @@ PRESETS = {
     "reco": replace(PAPER, channels=2, epochs=200, val_sampler="reco"),
     # 2.2 M parameters, 11.5 GFLOP a call: trains on a CPU, in so few steps that flips and turns cost 0.2 to 0.5 dB.
     "tiny": TINY,
-    # 8.6 M parameters, 46 GFLOP a call, the recipe of `tiny`: for one GPU. No trained result is documented yet.
+    # `tiny` goes on with noise and other scanners: --init models/tiny.safetensors. Small batches, many steps.
+    "real": replace(
+        TINY, **REAL, images=6000, batch=4, focus_views="18 24 36 72", epct_start=0, lr=6e-4, warmup=50, ema_start=0,
+        val_slices=5, val_every=600, save_every=80),
+    # 8.6 M parameters, 46 GFLOP a call, the recipe of `tiny` and `real`: for one GPU. No trained result yet.
     "small": replace(
-        TINY, width=64, images=200_000, batch=16, augment=True, epct_start=1000, lr=5e-4, warmup=500, ema=0.9995,
-        val_slices=16, val_every=10_000, save_every=5_000),
+        TINY, **REAL, width=64, images=200_000, batch=16, augment=True, epct_start=1000, lr=5e-4, warmup=500,
+        ema=0.9995, val_slices=16, val_every=10_000, save_every=5_000),
     # The published network with the recipe of `tiny`: for one large GPU or several. No result is documented yet.
     "base": replace(
         TINY, width=128, stem=1, images=400_000, batch=32, augment=True, epct_start=2000, lr=2e-4, warmup=1000,

@@ -7,6 +7,7 @@
 `simulate` measures the slice itself. test.py measures x0 = R(slice), its full-view FBP, and compares with that.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from models.checkpoint import load_checkpoint
 from models.consistency import ITERATIONS, data_consistency
 from models.degradation import Degradation
 from models.estimate import Estimate, denoiser
+from models.graphs import Graphs
 from models.levels import LEVELS, chain_levels, levels_for
 from models.methods import METHODS
 from models.samplers import SAMPLERS, redegrade, shift
@@ -26,7 +28,7 @@ from models.unet import UNet, to_bf16
 from models.weights import find_checkpoint
 from utils.device import chosen_device
 from utils.errors import InputError
-from utils.units import hu_to_mu
+from utils.units import FIELD_CM, hu_to_mu
 
 CHOICES = {"protocol": ("cvg", "cvg-official"), "precision": ("fp32", "bf16")}
 
@@ -45,6 +47,7 @@ class Reconstructor:
     published_levels: tuple[int, ...] = LEVELS  # those that the network was trained for
     header: dict = field(default_factory=dict)  # of the checkpoint
     path: Path | None = None                    # and its file
+    graphs: Callable = field(default_factory=Graphs, repr=False, compare=False)  # models.graphs.directly: without
 
     def __post_init__(self):
         for name, choices in CHOICES.items():
@@ -72,7 +75,7 @@ class Reconstructor:
     @property
     def degrade(self) -> Degradation:
         """D in the scanner's geometry."""
-        return Degradation(self.scanner, official=self.protocol == "cvg-official")
+        return Degradation(self.scanner, self.protocol == "cvg-official", self.graphs)
 
     @property
     def multiple(self) -> int:
@@ -127,7 +130,10 @@ class Reconstructor:
             return BASELINES[method].run(degrade, y, size, **options), [0] * len(y)
         consistency = data_consistency(degrade, y, self.dc, photons, electronic)
         x_T = degrade.fbp(y, size)
-        denoise = denoiser(self.network, self.protocol == "cvg", self.precision, self.published_levels)
+        # The network knows the noise of the published field of view: so many photons give as much there.
+        told = photons and photons * (self.scanner.pixel_cm(size) * size / FIELD_CM) ** 2
+        denoise = denoiser(self.network, self.protocol == "cvg", self.precision, self.published_levels, told,
+                           self.graphs)
         estimate = Estimate(denoise, degrade, x_T, n, consistency, self.network.config.anchored, callback)
         update, sampler = redegrade if consistency else shift, SAMPLERS[method]
         if sampler.wraps and self.protocol == "cvg-official" and not consistency:

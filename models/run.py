@@ -5,21 +5,24 @@ from functools import partial
 
 import torch
 
+from datasets.leakage import together
 from datasets.loader import batches, load_batch, load_slices
-from models.checkpoint import save_checkpoint
-from models.cost import cost
+from models.checkpoint import load_checkpoint, save_checkpoint
+from models.cost import cost, seconds_an_image
 from models.levels import FULL_VIEWS, LEVELS
 from models.presets import COMPUTATION, Preset, of_this_version
 from models.schedule import budget, forward_calls, inputs_of
 from models.training import Trainer, ground_truths
 from models.validation import validate
 from utils import distributed, run_folder, state
-from utils.device import memory, peak_flops, resident
+from utils.device import bf16_pays, memory, peak_flops, resident
 from utils.errors import Stopped
 from utils.files import hash16
 from utils.nonfinite import NonFinite
 from utils.progress import Progress
 from utils.scalars import Scalars, Step
+
+SHORT = 50  # batches: a run of so few is over before it is known how long it takes
 
 
 class Run:
@@ -32,7 +35,7 @@ class Run:
         self.description = {"preset": preset.mathematics(), "seed": args.seed}
         self.description |= {"init": hash16(args.init)} if args.init else {}
         before, found = self._find()
-        (self.names, slices), (_, val_slices), fingerprints = load_slices(
+        (self.names, slices), (_, val_slices), fingerprints, traces = load_slices(
             args.data, args.val_fraction, preset.val_slices, args.seed, preset.network().multiple, args.strict,
             args.trust_hu, args.patients_from)
         self.description["data"] = fingerprints
@@ -44,9 +47,12 @@ class Run:
                                         for mu in (slices, val_slices[self.rank::self.processes]))
         self.truths = resident(self.truths, self.device)
         self.count, self.size = len(self.names), self.truths.shape[-1]
-        self.images, steps, _ = budget(preset, self.count)
-        self.trainer = Trainer(preset, seed=args.seed, steps=steps, device=self.device, processes=self.processes,
+        self.images, self.steps, _ = budget(preset, self.count)
+        self.trainer = Trainer(preset, seed=args.seed, steps=self.steps, device=self.device, processes=self.processes,
                                init=args.init)
+        before = [load_checkpoint(args.init)[1].get("traces")] if args.init else []
+        before += [found.get("traces")] if found else []
+        self.provenance |= {"size": self.size, "traces": together(traces, *before)}
         self.seen, self.best, skipped = 0, math.inf, 0
         if found:
             self.trainer.load(found)
@@ -95,6 +101,22 @@ class Run:
             print(f"The run was begun at commit {found['commit']} and goes on with the code of "
                   f"{self.provenance['commit']}.")
 
+    def announce(self) -> None:
+        """Say what there is to do, and how long it will take where a measurement of that is short beside it."""
+        if self.rank > 0:
+            return
+        if self.preset.precision == "bf16" and not bf16_pays(self.device):
+            print("This processor has no bf16 arithmetic: training in fp32.")
+        batches, time, size = len(self.spans()), "", sum(p.numel() for p in self.trainer.network.parameters())
+        if batches > SHORT:
+            hours = seconds_an_image(self.preset, self.size, self.device, self.processes) / 3600 * (
+                budget(self.preset, self.count)[2] / forward_calls(self.preset, 1 + self.preset.hops)
+                * (1 - self.seen / self.images))
+            time = f", about {hours:.1f} h" if hours >= 1 else f", about {math.ceil(60 * hours)} min"
+        print(f"{size / 1e6:.1f} million parameters, {self.device}, "
+              f"{self.processes} process(es), {self.count} slices of {self.size} x {self.size}: {batches} batches and "
+              f"{self.steps - self.trainer.step} optimizer steps to do{time}.")
+
     def spans(self) -> list[tuple[int, int]]:
         """(first, last) of the batches that are still to do."""
         return [span for span in batches(self.count, self.preset.batch, self.images) if span[0] >= self.seen]
@@ -140,7 +162,7 @@ class Run:
         with self.scalars.paused():
             state.save_state(self.out, self.seen, {
                 **self.trainer.state_dict(), "seen": self.seen, "best": self.best, "skipped": self.watch.total,
-                "run": self.description,
+                "run": self.description, "traces": self.provenance["traces"],
                 "computation": {name: getattr(self.preset, name) for name in COMPUTATION},
                 "geometry": {"size": self.size, "levels": LEVELS, "full_views": FULL_VIEWS},
                 "versions": state.versions(), "commit": self.provenance["commit"]})

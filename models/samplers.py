@@ -82,7 +82,7 @@ def spdps(estimate, degrade, x_T, levels, update, *,
     similarity = similarity or headline_ssim
     top, returns = len(levels) - 1, update is not redegrade
     last_jump = min(refine_steps, top + 1) - 1
-    x, out, previous = x_T.clone(), x_T.clone(), x_T.clone()
+    x, out, previous = (dict(enumerate(x_T)) for _ in range(3))  # a list of indices into a batch would make a GPU wait
     level, compare, refining = ([value] * len(x) for value in (top, False, False))
     budget = [semantic_budget or (2 if levels[-1] < 72 and returns else 1)] * len(x)
     active = list(range(len(x)))
@@ -91,9 +91,9 @@ def spdps(estimate, degrade, x_T, levels, update, *,
         return levels[t] if t >= 0 else below[t]
 
     while active:
-        x0_hat = estimate(x[active], [views(level[i]) for i in active], active)
+        x0_hat = estimate(_batch(x[i] for i in active), [views(level[i]) for i in active], active)
         settled = _settled(x0_hat, previous, active, compare, similarity, tau)
-        moves = []  # (slice, its place in x0_hat, level from, level to)
+        moves = []  # (slice, its estimate, level from, level to)
         for j, i in enumerate(active):
             t, s = level[i], level[i] - 1
             if not refining[i]:
@@ -105,23 +105,30 @@ def spdps(estimate, degrade, x_T, levels, update, *,
                     refining[i], compare[i], s = True, False, last_jump if returns else min(last_jump, t - 1)
                 previous[i] = x0_hat[j]
             if s >= (0 if refining[i] else -len(below)):
-                moves.append((i, j, t, s))
+                moves.append((i, x0_hat[j], t, s))
                 level[i] = s
             else:
                 out[i] = x0_hat[j]
         active = [i for i, *_ in moves]
         if moves:
-            _, estimates, n_t, n_s = zip(*((i, j, views(t), views(s)) for i, j, t, s in moves), strict=True)
-            x[active] = update(degrade, x[active], x0_hat[list(estimates)], n_t, n_s)
-    return out
+            x_t, estimates, n_t, n_s = zip(*((x[i], e, views(t), views(s)) for i, e, t, s in moves), strict=True)
+            x.update(zip(active, update(degrade, _batch(x_t), _batch(estimates), n_t, n_s), strict=True))
+    return _batch(out.values())
+
+
+def _batch(slices):
+    """Slices (1, H, H) as (B, 1, H, H)."""
+    from torch import stack
+
+    return stack(list(slices))
 
 
 def _settled(x0_hat, previous, active, compare, similarity, tau) -> list[bool]:
     """Whether each active slice resembles its previous estimate; False where there is none to compare with."""
     settled, compared = [False] * len(active), [j for j, i in enumerate(active) if compare[i]]
     if compared:
-        ssim_to_previous = similarity(x0_hat[compared], previous[[active[j] for j in compared]])
-        for j, resembles in zip(compared, (ssim_to_previous >= tau).tolist(), strict=True):
+        ssim = similarity(_batch(x0_hat[j] for j in compared), _batch(previous[active[j]] for j in compared))
+        for j, resembles in zip(compared, (ssim >= tau).tolist(), strict=True):
             settled[j] = resembles
     return settled
 

@@ -3,8 +3,8 @@
 Both have `theta(n)`, the angles of n views, radians; `shares(n)`, the share of the rotation that each view (n,) or ray
 (n, bins) stands for, times n, None where all have the same; `projector(size, theta)` of torch_radon; `resampled(n)`,
 the scanner that has n views; `padded`, the one whose detector FBP needs, and `padding`, the bins that it has more in
-front and behind; `size_of(bins)`, the pixels of a side whose sinogram has so many bins; and `from_zero()`, the scanner
-that ground truths are made with.
+front and behind; `pixel_cm(size)`, by which a sinogram becomes line integrals; `size_of(bins)`, the pixels of a side
+whose sinogram has so many bins; and `from_zero()`, the scanner that ground truths are made with.
 
 A real scanner in pixels of p = field_of_view_mm / size, for torch_radon's equations (torch-radon_fix/README.md):
 
@@ -37,6 +37,9 @@ from utils.errors import InputError
 from utils.units import MU_WATER, pixel_cm
 
 PUBLISHED = {"size": 256, "source_distance": 1075, "det_distance": 1075, "det_count": 672, "det_spacing": 2}  # pixels
+
+MOST_GEOMETRY = 4 << 20  # bytes of a geometry file
+MOST_NUMBERS = 100_000  # views, bins or pixels of a side: more is a mistake
 
 cached = lru_cache(maxsize=512)  # by value, as scanners are frozen; more than any view count makes of levels
 
@@ -71,12 +74,11 @@ class PublishedScanner:
         return RadonFanbeam(size, theta, PUBLISHED["source_distance"] * f, PUBLISHED["det_distance"] * f, bins,
                             float(PUBLISHED["det_spacing"]), weights=weights)
 
+    def pixel_cm(self, size: int) -> float:
+        return pixel_cm(size)
+
     def size_of(self, bins: int) -> int:
         return bins * PUBLISHED["size"] // PUBLISHED["det_count"]
-
-    def pixel_cm(self, size: int) -> float:
-        """What a sinogram's value times is its line integral."""
-        return pixel_cm(size)
 
     def from_zero(self) -> "PublishedScanner":
         return PublishedScanner()
@@ -201,12 +203,11 @@ class Scanner:
             return RadonFanbeam(size, theta, self.source_distance_mm / p, self.detector_distance_mm / p, count, du,
                                 det_offset=offset, weights=weights)
 
+    def pixel_cm(self, size: int) -> float:
+        return self.field_of_view_mm / 10 / size * self.water_per_cm / MU_WATER
+
     def size_of(self, bins: int) -> int:
         return self.size
-
-    def pixel_cm(self, size: int) -> float:
-        """What a sinogram's value times is its line integral."""
-        return self.field_of_view_mm / 10 / size * self.water_per_cm / MU_WATER
 
     def from_zero(self) -> "Scanner":
         return self
@@ -237,15 +238,26 @@ class Scanner:
 
 def read_geometry(path: str | Path) -> dict:
     """Fields of a geometry file, JSON or YAML, unchecked. Raises InputError with a sentence."""
-    parse = yaml.safe_load if str(path).lower().endswith((".yaml", ".yml")) else json.loads
+    parse = _parse_yaml if str(path).lower().endswith((".yaml", ".yml")) else json.loads
     try:
+        if not Path(path).is_file() or Path(path).stat().st_size > MOST_GEOMETRY:
+            raise ValueError(f"no regular file of at most {MOST_GEOMETRY >> 20} MiB")
         found = parse(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError) as error:
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         reason = " ".join(str(error).split())  # PyYAML's has several lines
         raise InputError(f"The geometry {path} cannot be read ({reason}); expected JSON, or YAML named .yaml") from None
     if not isinstance(found, dict):
         raise InputError(f"The geometry {path} holds a {type(found).__name__}; expected fields and their values")
     return found
+
+
+def _parse_yaml(text: str):
+    loader, depth = getattr(yaml, "CSafeLoader", yaml.SafeLoader), 0
+    for event in yaml.parse(text, loader):
+        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+        if isinstance(event, yaml.AliasEvent) or depth > 9:
+            raise ValueError("it nests deeply or repeats parts by *name, which can make a few lines endless")
+    return yaml.load(text, loader)
 
 
 def make_scanner(found: dict) -> Scanner:
@@ -269,6 +281,8 @@ def make_scanner(found: dict) -> Scanner:
                          f"whose corners are {corners:.0f} mm from the axis")
     if scanner.detector_distance_mm < 0 or (scanner.beam == "parallel" and scanner.detector_shape == "curved"):
         raise InputError("The geometry has a detector_distance_mm below 0, or a curved detector in a parallel beam")
+    if max(scanner.size, scanner.detector_count) > MOST_NUMBERS:
+        raise InputError(f"The geometry's size or detector_count is over {MOST_NUMBERS}")
     if min(-scanner.ends[0], scanner.ends[1]) <= 0:
         raise InputError(f"The geometry's detector_offset_mm {scanner.detector_offset_mm:g} puts the axis of rotation "
                          f"beside the detector, which reaches from {scanner.ends[0]:.4g} to {scanner.ends[1]:.4g} mm")
@@ -282,10 +296,10 @@ def _checked(name: str, value, kind):
     elif kind is bool:
         fits, expected = isinstance(value, bool), "true or false"
     else:
-        fits = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+        fits = isinstance(value, int | float) and not isinstance(value, bool) and -1e300 < value < 1e300
         fits, expected = fits and value == kind(value), {int: "a whole number", float: "a finite number"}[kind]
     if not fits:
-        raise InputError(f"The geometry's {name} is {value!r}; expected {expected}")
+        raise InputError(f"The geometry's {name} is {value!r:.60}; expected {expected}")
     return kind(value) if kind in (int, float) else value
 
 
@@ -294,7 +308,10 @@ def _angles(found) -> tuple[float, ...]:
         if set(found) != {"start", "step", "count"}:
             raise InputError(f"The geometry's angles hold {', '.join(map(str, found))}; expected start, step and count")
         start, step = (_checked(f"angles.{key}", found[key], float) for key in ("start", "step"))
-        found = [start + step * i for i in range(_checked("angles.count", found["count"], int))]
+        count = _checked("angles.count", found["count"], int)
+        if count > MOST_NUMBERS:
+            raise InputError(f"The geometry's angles.count is {count}; expected at most {MOST_NUMBERS}")
+        found = [start + step * i for i in range(count)]
     if not isinstance(found, list | tuple) or not found:
         raise InputError("The geometry's angles are no list; expected degrees, one a view, or start, step and count")
     return tuple(_checked("angles", value, float) for value in found)

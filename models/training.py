@@ -11,6 +11,7 @@ from torch.nn.parallel import DistributedDataParallel
 from datasets.loader import Part
 from models.checkpoint import load_checkpoint
 from models.degradation import Degradation
+from models.drawn import draw_scanner
 from models.dropout import seed_dropout
 from models.epct import Chain, advance, loss, network_input, start_chain
 from models.levels import LEVELS, level_of
@@ -35,10 +36,8 @@ class Trainer:
         self.preset, self.seed, self.steps, self.device = preset, seed, steps, device
         self.network, self.ema, self.optimizer = build(preset, seed, device, init)
         self.step, self.lr = 0, 0.0
-        bf16 = preset.precision == "bf16" and bf16_pays(device)
-        if bf16 != (preset.precision == "bf16"):
-            print("This processor has no bf16 arithmetic: training in fp32.")
-        self.autocast = torch.autocast(torch.device(device).type, torch.bfloat16, enabled=bf16)
+        self.autocast = torch.autocast(torch.device(device).type, torch.bfloat16,
+                                       enabled=preset.precision == "bf16" and bf16_pays(device))
         network = self.network.train()
         self.model = DistributedDataParallel(network) if processes > 1 else network  # what is called
 
@@ -52,8 +51,8 @@ class Trainer:
 
         weight: of each slice in the loss, so that processes and parts give what one gives. Nobody waits for the device.
         """
-        degrade, done = Degradation(), []
-        chains = [start_chain(part, degrade, self.preset, self.device) for part in parts]
+        degrade, done = Degradation(draw_scanner(parts[0].common, self.preset, self.seed)), []
+        chains = [start_chain(part, degrade, self.preset, self.device, self.seed) for part in parts]
         for hop in range(inputs_of(self.preset, self.step)):
             self.optimizer.zero_grad(set_to_none=True)
             losses = torch.cat([self._backward(chain, hop, weight, chain is chains[-1]) for chain in chains])
@@ -104,11 +103,13 @@ def build(preset: Preset, seed: int, device: str, init: Path | None = None):
         free = ["conditioning", "dropout", "zero_init"]  # these have no weights of their own,
         if weights.config.channels == 1:
             free += ["channels", "residual_channel"]  # and a residual channel can start from none
+        if not weights.config.told_photons:  # nor does being told the photons, which adds nothing at first
+            free.append("told_photons")
         if replace(weights.config, **{name: getattr(preset, name) for name in free}) != network.config:
             raise InputError(f"{init} holds another architecture than this preset; repeat the flags that made it.")
         state, added = weights.state_dict(), network.conv_in.in_channels - weights.conv_in.in_channels
         state["conv_in.weight"] = F.pad(state["conv_in.weight"], (0, 0, 0, 0, 0, added))  # which are ignored at first
-        network.load_state_dict(state)
+        network.load_state_dict(network.state_dict() | state)
     if torch.device(device).type == "cuda":
         network.to(memory_format=torch.channels_last)
     ema = copy.deepcopy(network).requires_grad_(False).train(preset.ema_dropout)

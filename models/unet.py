@@ -30,6 +30,7 @@ class UNetConfig:
     channels: int = 1             # 2: a residual beside x_t; where it is not given it is zero
     residual_channel: str = "two-pass"  # ReCo-Diff's, of a first pass | anchored: RBG-Diff's, of the estimate before
     zero_init: bool = False       # last layer starts at zero: a residual network starts as the identity
+    told_photons: bool = False    # knows the photons of a measurement
     conditioning: str = "level"   # of t on the view count: level: the nearest published one | log-views: interpolated
 
     @property
@@ -163,7 +164,8 @@ class Upsample(nn.Module):
 class UNet(nn.Module):
     """x_t (B, 1, H, W) in mu (1/cm) and t (B,), a level, possibly fractional -> estimate of x0 (B, 1, H, W) in mu.
 
-    With config.channels = 2 the input may have a second channel.
+    With config.channels = 2 the input may have a second channel. photons (B,): I0 of the measurements, inf or None
+    without noise; only a network with config.told_photons makes use of it.
     """
 
     def __init__(self, config: UNetConfig):
@@ -207,14 +209,22 @@ class UNet(nn.Module):
         if config.zero_init:
             nn.init.zeros_(self.conv_out.weight)
             nn.init.zeros_(self.conv_out.bias)
+        if config.told_photons:  # last, so that all else is drawn as without; zero, so that it begins as without
+            self.photons = TimeEmbedding(width)
+            nn.init.zeros_(self.photons.dense[1].weight)
+            nn.init.zeros_(self.photons.dense[1].bias)
 
-    def forward(self, x_t: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+    def forward(self, x_t: torch.Tensor, t: torch.Tensor, photons: torch.Tensor | None = None) -> torch.Tensor:
         if any(side % self.config.multiple for side in x_t.shape[-2:]):
             raise ValueError(f"the image is {x_t.shape[-2]} x {x_t.shape[-1]} pixels; this network takes sides "
                              f"divisible by {self.config.multiple}")
         if x_t.shape[1] > self.config.channels:
             raise ValueError(f"the input has {x_t.shape[1]} channels; this network takes {self.config.channels}")
         temb = self.temb(t)
+        if self.config.told_photons and photons is not None:
+            noisy = photons.isfinite()
+            told = self.photons(torch.where(noisy, photons, 1.0).log())
+            temb = temb + told.masked_fill(~noisy[:, None], 0)
         x_t, others = x_t[:, :1], x_t[:, 1:]
         others = F.pad(others, (0, 0, 0, 0, 0, self.config.channels - 1 - others.shape[1]))
         x = torch.cat([x_t - self.config.shift, others], dim=1) / self.config.scale

@@ -1,38 +1,61 @@
 """Where weights are: known names, files, and Hugging Face. Needs no PyTorch."""
 
+import hashlib
 import re
 import sys
 from pathlib import Path
 
 from utils.errors import InputError
 
-KNOWN = {"tiny": str(Path(__file__).parent / "tiny.safetensors"),
-         "cvg-diff": "hf://HajihajihaJimmy/CvG-Diff/CvG-Diff-net-colddiff_best_epoch.pkl"}
+# name: (file or address, its SHA-256 where it is known). The published weights were never fetched for this table.
+KNOWN = {
+    "tiny": (str(Path(__file__).parent / "tiny.safetensors"),
+             "0e35166a7c67fd6d528b6f90d31acfc0db4786ebae44d12cf32f5c08f8a9ebf1"),
+    "cvg-diff": ("hf://HajihajihaJimmy/CvG-Diff/CvG-Diff-net-colddiff_best_epoch.pkl", None),
+}
 
 
 def find_checkpoint(name: str) -> Path:
-    """The file of a name in KNOWN, of hf://owner/repository/file (downloaded once, then from the cache), or of a path.
+    """The file of a name in KNOWN, of hf://owner/repository[@revision]/file (downloaded once, then from the cache), or
+    of a path.
 
-    Raises InputError where there is none.
+    Which revision of Hugging Face it is, and its SHA-256, are printed. Raises InputError where there is none, or where
+    a known name has another SHA-256.
     """
-    name = KNOWN.get(name, name)
-    if not name.startswith("hf://"):
-        if not Path(name).is_file():
+    address, expected = KNOWN.get(name, (name, None))
+    if not address.startswith("hf://"):
+        path, revision = Path(address), ""
+        if not path.is_file():
             raise InputError(f"The checkpoint {name} does not exist; expected a file, hf://owner/repository/file, or "
                              f"one of {', '.join(KNOWN)}.")
-        return Path(name)
-    place = re.fullmatch("hf://([^/]+/[^/]+)/(.+)", name)
+    else:
+        path, revision = _from_hub(address)
+    if expected or revision:
+        with open(path, "rb") as file:
+            found = hashlib.file_digest(file, "sha256").hexdigest()
+        if expected not in (None, found):
+            raise InputError(f"{name} is {path}, whose SHA-256 {found} is not {expected}; restore or download it, "
+                             "or give the path of a file of your own.")
+        if revision:
+            print(f"{address}: revision {revision}, SHA-256 {found}.", file=sys.stderr)
+    return path
+
+
+def _from_hub(address: str) -> tuple[Path, str]:
+    """(file in the Hugging Face cache, the revision it is of)."""
+    place = re.fullmatch("hf://([^/@]+/[^/@]+)(?:@([^/]+))?/(.+)", address)
     if not place:
-        raise InputError(f"--checkpoint {name}: expected hf://owner/repository/file.")
+        raise InputError(f"--checkpoint {address}: expected hf://owner/repository/file.")
     from huggingface_hub import hf_hub_download, try_to_load_from_cache
 
+    repository, revision, file = place.groups()
     try:
-        cached = try_to_load_from_cache(*place.groups())
-        if isinstance(cached, str):
-            return Path(cached)
-        print(f"Downloading {name} into the Hugging Face cache.", file=sys.stderr)
-        return Path(hf_hub_download(*place.groups()))
+        path = try_to_load_from_cache(repository, file, revision=revision)
+        if not isinstance(path, str):
+            print(f"Downloading {address} into the Hugging Face cache.", file=sys.stderr)
+            path = hf_hub_download(repository, file, revision=revision)
     except (OSError, ValueError) as error:  # what its HTTP, offline, missing-file and bad-name errors have in common
         reason = str(error).strip().splitlines()[0]
-        raise InputError(f"{name} is not in the Hugging Face cache and could not be downloaded "
+        raise InputError(f"{address} is not in the Hugging Face cache and could not be downloaded "
                          f"({type(error).__name__}: {reason}). Download the file by hand and give its path.") from error
+    return Path(path), Path(path).parts[-1 - len(Path(file).parts)]

@@ -1,17 +1,19 @@
 """Checkpoints: the published form, our own, names and addresses, and what must never be run."""
 
+import hashlib
 import os
 import pickle
 import pickletools
 import random
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import run
+from conftest import ROOT, run
 from test_unet import GOLDEN, with_known_weights
 
-from models import convert
+from models import convert, weights
 from models.checkpoint import infer_config, load_checkpoint, save_checkpoint
 from models.unet import UNet, UNetConfig
 from models.weights import find_checkpoint
@@ -166,6 +168,18 @@ def test_a_checkpoint_can_be_read_by_whom_the_user_lets(tmp_path):
         assert path.stat().st_mode & 0o777 == mode
 
 
+def test_a_known_name_is_the_file_that_was_published(tmp_path, monkeypatch):
+    """`tiny` has the SHA-256 of its model card, and nothing else goes by its name."""
+    file, digest = weights.KNOWN["tiny"]
+    assert find_checkpoint("tiny") == Path(file) and digest in (ROOT / "docs" / "model-card.md").read_text()
+    other = tmp_path / "tiny.safetensors"
+    other.write_bytes(Path(file).read_bytes()[:-1] + b"x")
+    monkeypatch.setitem(weights.KNOWN, "tiny", (str(other), digest))
+    with pytest.raises(InputError, match=f"is not {digest}"):
+        find_checkpoint("tiny")
+    assert find_checkpoint(str(other)) == other
+
+
 def test_names_and_addresses(tmp_path):
     assert load_checkpoint(find_checkpoint("tiny"))[1]["preset"] == "tiny"
     for wrong, sentence in {"huge": "one of tiny, cvg-diff", "hf://owner/net.pkl": "hf://owner/repository/file"}.items():
@@ -179,7 +193,9 @@ def test_names_and_addresses(tmp_path):
     published(snapshot / "net.pkl", UNet(SMALL))
     offline = {"HF_HOME": tmp_path, "HF_HUB_OFFLINE": 1}
     command = ("-m", "models.convert", "hf://someone/ct/net.pkl", tmp_path / "net.safetensors")
-    assert "Written" in run(*command, **{k: str(v) for k, v in offline.items()})
+    text = run(*command, **{k: str(v) for k, v in offline.items()})
+    found = hashlib.sha256((snapshot / "net.pkl").read_bytes()).hexdigest()
+    assert "Written" in text and f"hf://someone/ct/net.pkl: revision 0123abcd, SHA-256 {found}." in text
     text = run("-m", "models.convert", "cvg-diff", tmp_path / "other.safetensors", expect=1,
                **{k: str(v) for k, v in offline.items()})
     assert "is not in the Hugging Face cache and could not be downloaded" in text and "give its path" in text

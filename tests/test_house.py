@@ -17,7 +17,8 @@ MAY_IMPORT = {"scripts": {"models", "datasets", "utils"}, "models": {"models", "
 PARSERS = ("train", "test", "reconstruct", "datasets.prepare", "datasets.look", "datasets.preprocess_aapm",
            "datasets.rebin", "models.convert", "fig.plot_run", "fig.quantitative", "fig.framework", "fig.tables",
            "benchmarks.ablation", "benchmarks.robustness", "benchmarks.bench_sampling", "benchmarks.bench_projector",
-           "benchmarks.bench_train", "benchmarks.bench_prepare", "benchmarks.bench_rebin", "benchmarks.gpu")
+           "benchmarks.bench_train", "benchmarks.bench_prepare", "benchmarks.bench_rebin", "benchmarks.compare",
+           "benchmarks.gpu", "benchmarks.scanners")
 
 
 def sources() -> dict[str, ast.Module]:

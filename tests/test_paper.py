@@ -144,7 +144,7 @@ def test_paper_is_the_plain_loop_of_the_paper(tmp_path, monkeypatch):
                 "--precision", "fp64", "--device", "cpu"])
     _, state = newest_state(tmp_path / "out", "cpu")
     assert state["step"] == 5 + 2 * 22
-    (_, slices), _, _ = load_slices(tmp_path / "data", 0.1, 0, 3407, 8, True)
+    (_, slices), *_ = load_slices(tmp_path / "data", 0.1, 0, 3407, 8, True)
     torch.manual_seed(3407)
     network = UNet(UNetConfig(width=32, dropout=0.0)).double()
     expected = plain_loop(network, Degradation().full(slices.double()), 27, 3407, 5, 25)

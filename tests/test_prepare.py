@@ -112,6 +112,36 @@ def test_a_second_run_does_only_what_is_missing_and_refuses_other_options(tmp_pa
         assert len(run(tmp_path, out="in/prepared")[2]) == 5
 
 
+def test_contents_decide_what_is_done_again(tmp_path):
+    make_series(tmp_path / "in")
+    run(tmp_path)
+    files = sorted((tmp_path / "out").rglob("*.npy"))
+    content, manifest = [path.read_bytes() for path in files], (tmp_path / "out/train_img/manifest.csv").read_bytes()
+    source = tmp_path / "in/2.dcm"
+    before, stat = source.read_bytes(), source.stat()
+    source.write_bytes(before[:-512] + bytes(512))  # other pixels: same size, same time
+    os.utime(source, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    files[0].write_bytes(content[0][:-2] + b"\1\1")  # an output that was damaged
+    files[1].write_bytes(content[1][:-9])
+    files[3].write_bytes(b"")
+    status, _, rows = run(tmp_path)
+    assert status == 0 and [path.read_bytes() == kept for path, kept in zip(files, content, strict=True)] == [
+        True, True, False, True]
+    assert (np.load(files[2]) == -1024).all()
+    source.write_bytes(before)
+    run(tmp_path)
+    assert [path.read_bytes() for path in files] == content
+    assert (tmp_path / "out/train_img/manifest.csv").read_bytes() == manifest
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{", '{"options": 1}', '{"outputs": []}', "\0"])
+def test_a_damaged_record_is_named(tmp_path, capsys, text):
+    make_series(tmp_path / "in", 1)
+    run(tmp_path)
+    (tmp_path / "out/prepare.json").write_text(text)
+    assert refuses(capsys, "prepare.json", run, tmp_path)
+
+
 def test_the_number_of_processes_changes_nothing(tmp_path):
     make_series(tmp_path / "in", 40)
     make_dicom(tmp_path / "in/9.dcm", ImagePositionPatient=[0, 0, 22.5], compress=True, damage=True)

@@ -36,6 +36,8 @@ def test_a_preset_says_everything_of_a_network_but_its_multipliers():
     ({"focus_views": "18 x"}, "focus_views is '18 x'"), ({"focus_views": f"{FULL_VIEWS + 1}"}, "from 1 to 720"),
     ({"focus_views": " "}, "expected counts"), ({"channels": 3}, "channels is 3"),
     ({"residual_channel": "anchored", "channels": 1}, "needs channels 2"), ({"width": 40}, "multiple of 32"),
+    ({"told_photons": True}, "needs a noise_share"), ({"fewest_photons": 1e8}, "1e\\+08 and most_photons 1e\\+07"),
+    ({"noise_share": 1.1}, "share from 0 to 1"), ({"electronic": float("inf")}, "electronic is not finite"),
     ({"val_sampler": "reco"}, "val_sampler reco needs channels 2 and residual_channel two-pass"),
     ({"val_sampler": "reco", "channels": 2, "residual_channel": "anchored"}, "two-pass")])
 def test_values_that_cannot_be_are_refused_with_the_reason(change, text):

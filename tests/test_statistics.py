@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from utils.results import table as written
 from utils.statistics import compare, holm, interval, summarize
 
 
@@ -77,3 +78,21 @@ def test_summarize():
     assert found[0]["vif"] == 0.5 and found[1]["vif"] is None and "vif_std" not in found[1]
     alone = summarize({k: v for k, v in table().items() if k[0] == "f0"}, ["P"], ["a"], [18])[0]
     assert alone["psnr_std"] is None and alone["psnr_ci_slices"] is None and alone["slices"] == 1
+
+
+def test_tables_have_numbers_by_patient():
+    """Of several; with intervals over patients from three on, and the range of many."""
+    done = {(f"f{i}", "a", 18): rows(30 + i) for i in range(12)}
+
+    def lines(patients):
+        summary = summarize(dict(list(done.items())[: len(patients)]), list(patients), ["a"], [18])
+        return [line for line in written(summary, []).splitlines() if line.startswith("| ")]
+
+    one = lines("PPP")
+    assert len(one) == 4 and "PSNR dB [95 %]" in one[0] and "| 31.00 [30" in one[1]
+    two = lines("PPQQ")
+    assert two[-2:] == ["| views | method | P | Q |", "| 18 | a | 30.50 | 32.50 |"] and "[" not in "".join(two)
+    assert "[" not in "".join(lines("PP")), "two slices"
+    assert "PSNR dB [95 % over patients]" in lines("PPQQR")[0]
+    assert lines("ABCDEFGHIJKL")[-2:] == ["| views | method | lowest patient | median | highest |",
+                                          "| 18 | a | 30.00 | 35.50 | 41.00 |"]

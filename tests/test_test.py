@@ -9,10 +9,11 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from conftest import body, run
+from conftest import ROOT, body, run
 from safetensors.torch import load_file, save_file
 
 import test as evaluation
+from models import evaluation as evaluate
 from models.checkpoint import load_checkpoint, save_checkpoint
 from models.degradation import Degradation
 from models.evaluation import Noise, simulate_measurement
@@ -118,7 +119,6 @@ def test_bad_input_gets_a_sentence_and_nothing_is_overwritten(data, checkpoint, 
     text = go(expect=0)
     assert "D_900.npy has shape (32, 48)" in text and "D_901.npy cannot be read" in text and "Skipped 2 of 10" in text
     before = (out / "results.csv").read_bytes()
-    assert "another views" in go("--views", "18")
     np.save(data / "test_img" / "D_000.npy", body(32, 77))
     assert "another data" in go()
     assert "--strict" in go("--strict")
@@ -263,3 +263,78 @@ def test_processes_share_the_slices_and_give_the_same_tables(data, checkpoint, t
     assert timeless(tmp_path / "two" / "results.csv") == timeless(tmp_path / "one" / "results.csv")
     one, two = (json.loads((tmp_path / name / "summary.json").read_text()) for name in ("one", "two"))
     assert [row | MACHINE for row in one] == [row | MACHINE for row in two]
+
+
+def test_a_folder_grows_by_methods_and_view_counts(data, checkpoint, tmp_path, call, monkeypatch):
+    """Only what is missing is computed, and the tables show all that is there."""
+    done, timed = [], evaluate.timed
+    monkeypatch.setattr(evaluate, "timed", lambda r, method, y, *more, **options: done.append(
+        (method, y.shape[-2], len(y))) or timed(r, method, y, *more, **options))
+
+    def go(*more, expect=0):
+        done.clear()
+        return call(evaluation.main, "--data", data, "--checkpoint", checkpoint, "--batch", 8, "--device", "cpu",
+                    "--out", tmp_path / "out", *more, expect=expect)
+
+    go("--methods", "fbp", "--views", 36)
+    first = timeless(tmp_path / "out" / "results.csv")
+    go("--methods", "fbp", "sirt", "--views", 36)
+    assert done == [("sirt", 36, 8)]
+    text = go("--methods", "fbp", "--views", 18, "--windows", "3000,500", "500,50", "2000,0")
+    assert done == [("fbp", 18, 8)]
+    shown = [line.split(" | ")[:2] for line in text.partition("W500/")[0].splitlines() if line.startswith("| ")]
+    assert shown == [["| views", "method"], ["| 18", "fbp"], ["| 36", "fbp"], ["| 36", "sirt"]]
+    rows = timeless(tmp_path / "out" / "results.csv")
+    assert [row for row in rows if (row["method"], row["views"]) == ("fbp", "36")] == first
+    run = json.loads((tmp_path / "out" / "run.json").read_text())
+    assert run["methods"] == ["fbp", "sirt"] and run["views"] == [18, 36] and set(run["levels"]) == {"18", "36"}
+    assert len(list(csv.DictReader((tmp_path / "out" / "comparisons.csv").open()))) == 1
+    go("--methods", "tv", "--views", 36, "--limit", 8)
+    assert "another tv (weight)" in go("--methods", "tv", "--views", 36, "--tv-weight", "1", expect=1)
+    assert "another levels (36)" in go("--methods", "fbp", "--views", 36, "--levels", 72, expect=1)
+    go("--methods", "fbp", "--views", 36)
+    assert done == [], "the options of a method are those it has in the folder"
+    (tmp_path / "foreign").mkdir()
+    (tmp_path / "foreign" / "thesis.txt").write_text("mine")
+    assert "not empty" in go("--methods", "fbp", "--out", tmp_path / "foreign", expect=1)
+    (tmp_path / "out" / "run.json").write_text('{"methods": 5}')
+    assert "holds no run of test.py that can be read" in go("--methods", "fbp", expect=1)
+
+
+def test_what_weights_were_not_trained_for_is_said_last(data, checkpoint, tmp_path, call):
+    network, _ = load_checkpoint(checkpoint)
+
+    def go(*more, method="one-step", preset=None, **header):
+        header |= {"training": {"preset": preset or {}}}
+        save_checkpoint(checkpoint, network.state_dict(), network.config, header)
+        out = tmp_path / f"{len(list(tmp_path.iterdir()))}"
+        text = call(evaluation.main, "--data", data, "--checkpoint", checkpoint, "--views", 36, "--methods", method,
+                    "--limit", 1, "--device", "cpu", "--out", out, *more)
+        return [line for line in text.splitlines() if line.startswith("Warning: the weights")]
+
+    found = json.loads((ROOT / "docs" / "results" / "size.json").read_text())["rows"]
+    psnr = {row["measurement"]: row["psnr"] for row in found if row["method"] == "spdps"}
+    assert f"{psnr['256 pixels'] - psnr['512 pixels']:.1f}" == str(evaluate.LOSS_AT_512)
+    assert "trained on slices of 256 pixels a side, and these have 32. At 512 pixels tiny" in go()[0]
+    assert go(size=32) == [] == go(method="fbp")
+    assert "trained without noise, and 1000 photons a ray" in go("--photons", 1e3, size=32)[0]
+    noisy = {"noise_share": 0.5, "fewest_photons": 1e4}
+    assert "saw noise of 10000 photons a ray or more" in go("--photons", 1e3, size=32, preset=noisy)[0]
+    assert go("--photons", 1e5, size=32, preset=noisy) == []
+
+
+def test_a_name_is_no_formula_and_moves_no_cursor(checkpoint, tmp_path, call):
+    folder = tmp_path / "slices"
+    folder.mkdir()
+    for i, name in enumerate(("=1+1_001.npy", "-2_001.npy", "\x1b[2Jx\n_1.npy")):
+        np.save(folder / name, body(32, i))
+    command = ["--data", folder, "--checkpoint", checkpoint, "--views", 36, "--methods", "fbp", "--device", "cpu",
+               "--out", tmp_path / "out"]
+    text = call(evaluation.main, *command)
+    assert "\x1b" not in text
+    rows = list(csv.reader((tmp_path / "out" / "results.csv").open(newline="")))
+    assert {row[0] for row in rows[1:]} == {"'=1+1_001.npy", "'-2_001.npy", "\\x1b[2Jx\\n_1.npy"}
+    assert {row[1] for row in rows[1:]} == {"'=1+1", "-2", "\\x1b[2Jx\\n"}, "a number stays one"
+    before = (tmp_path / "out" / "results.csv").read_bytes()
+    call(evaluation.main, *command)
+    assert (tmp_path / "out" / "results.csv").read_bytes() == before, "they are read again as they were"

@@ -4,6 +4,7 @@ import importlib.metadata
 import json
 import os
 import random
+import re
 import resource
 import signal
 import subprocess
@@ -16,6 +17,7 @@ import torch
 from conftest import ROOT
 from safetensors.torch import load_file
 
+import test as evaluation
 import train
 from datasets.loader import sample_at
 from fig import plot_run
@@ -116,6 +118,42 @@ def test_a_state_cut_short_anywhere_is_passed_over(go, tmp_path, capsys):
         assert f"{newest.name} cannot be read" in capsys.readouterr().err
     assert "after 12 of 16" in go()
     assert newest_state(out, "cpu")[0] == newest
+
+
+def test_what_is_published_at_the_end_is_the_states(go, tmp_path):
+    """Killed between the last state and checkpoint.safetensors, which is then an older one or missing."""
+    go("--images", "8")
+    published = tmp_path / "out" / "checkpoint.safetensors"
+    whole = load_file(published)
+    older = {name: value + 1 for name, value in whole.items()}
+    for before in (None, older):
+        published.unlink()
+        if before:
+            training_run.save_checkpoint(published, before, train.PRESETS["tiny"].network(), {})
+        assert "Done: 8 images" in go("--images", "8")
+        _, state = newest_state(tmp_path / "out", "cpu")
+        found = load_file(published)
+        assert all(torch.equal(found[name], whole[name]) and torch.equal(found[name], state["ema"][name])
+                   for name in whole)
+
+
+def test_validation_is_what_test_gives_for_the_same_slices(go, data, tmp_path, call):
+    go("--images", "4", "--val-every", "4")
+    lines = [json.loads(line) for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
+    (validation,) = [line for line in lines if "val18/mse" in line]
+    call(evaluation.main, "--data", data / "val_img", "--limit", 1, "--methods", "one-step", "naive", "--device", "cpu",
+         "--checkpoint", tmp_path / "out" / "checkpoint.safetensors", "--out", tmp_path / "test")
+    for row in json.loads((tmp_path / "test" / "summary.json").read_text()):
+        if row["window"] == [3000, 500]:
+            assert validation[f"val{row['views']}/{row['method']}/psnr"] == pytest.approx(row["psnr"], abs=1e-3)
+
+
+def test_a_run_says_what_it_will_do_and_how_long_it_takes(go, monkeypatch):
+    monkeypatch.setattr(training_run, "SHORT", 1)
+    text = go("--images", "4", "--hops", "0", "--dc", "0")
+    assert "8 slices of 2 patient(s) train." in text and "1 slices of 1 patient(s) validate." in text
+    assert re.search(r"million parameters, cpu, 1 process\(es\), 8 slices of 32 x 32: 2 batches and 2 "
+                     r"optimizer steps to do, about \d+ min\.", text)
 
 
 def test_a_writing_leaves_the_previous_state(go, tmp_path):

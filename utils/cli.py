@@ -10,7 +10,7 @@ import time
 from typing import Literal, get_args, get_origin, get_type_hints
 
 from utils import progress
-from utils.errors import CvGDiffError
+from utils.errors import CvGDiffError, printable
 from utils.run_folder import unlock
 
 
@@ -66,7 +66,7 @@ class Parser(argparse.ArgumentParser):
         super().__init__(prog, description=doc, formatter_class=_Formatter, allow_abbrev=False, **options)
 
     def error(self, message: str):
-        self.exit(2, f"{self.prog}: {message.rstrip('.')}. All flags: {self.prog} --help\n")
+        self.exit(2, f"{self.prog}: {printable(message).rstrip('.')}. All flags: {self.prog} --help\n")
 
     def add_device(self) -> None:
         """The flag --device, whose text is checked here and whose hardware by utils.device."""

@@ -9,6 +9,8 @@ from pathlib import Path
 
 from utils.errors import CvGDiffError, Stopped
 
+FORMULA = frozenset("=+-@\t\r'")  # what a spreadsheet's formula begins with, and the apostrophe that says it is none
+
 
 @contextmanager
 def atomic(path: str | Path):
@@ -63,10 +65,32 @@ def writing(out: Path):
 
 def hash16(data: bytes | Path) -> str:
     """16 hexadecimal digits of the SHA-256 of bytes, or of a file's content."""
-    return hashlib.sha256(data.read_bytes() if isinstance(data, Path) else data).hexdigest()[:16]
+    if isinstance(data, Path):
+        with open(data, "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()[:16]
+    return hashlib.sha256(data).hexdigest()[:16]
 
 
 def write_table(path: Path, header, rows) -> None:
     """Write a CSV file: a header and rows of as many values. Bytes of a path that are no text are escaped."""
     with atomic(path) as partial, open(partial, "w", newline="", encoding="utf-8", errors="backslashreplace") as file:
-        csv.writer(file, lineterminator="\n").writerows([header, *rows])
+        csv.writer(file, lineterminator="\n").writerows(map(as_cells, [header, *rows]))
+
+
+def as_cells(row) -> list:
+    """Values of a CSV row. Text that a spreadsheet would take for a formula gets an apostrophe; numbers stay."""
+    return ["'" + value if isinstance(value, str) and value[:1] in FORMULA and not _is_number(value) else value
+            for value in row]
+
+
+def from_cells(row: list[str]) -> list[str]:
+    """What `as_cells` was given."""
+    return [value[1:] if value[:1] == "'" and value[1:2] in FORMULA else value for value in row]
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True

@@ -4,14 +4,18 @@ Every process appends to a part file of its own, part-RANK.csv; `open_results` m
 """
 
 import csv
+import json
 import sys
 import zlib
 from itertools import groupby
 from pathlib import Path
 
-from utils.files import write_table, writing
+import numpy as np
+
+from utils.errors import RunFolderError
+from utils.files import as_cells, from_cells, write_table, writing
 from utils.metrics import METRICS
-from utils.run_folder import claim
+from utils.run_folder import claim, described
 
 RESULT = ("file", "patient", "method", "views", "width", "centre", *METRICS, "nfe")
 MACHINE = ("seconds_per_slice", "peak_gib")  # differ from run to run
@@ -23,12 +27,22 @@ def check_of(row: dict) -> str:
     return f"{zlib.crc32(repr([str(row.get(name, '')) for name in RESULT]).encode()):08x}"
 
 
-def open_results(out: Path, run: dict) -> dict[tuple, list[dict]]:
-    """Rows already in the folder `out`, one a window of `run`, by (file, method, views).
+def open_results(out: Path, run: dict) -> tuple[dict, dict[tuple, list[dict]]]:
+    """(what run.json says now, rows already in the folder `out`, one a window, by (file, method, views)).
 
-    run: the configuration, JSON values. Raises RunFolderError where the folder holds something else.
+    run: the configuration, JSON values. Its methods and view counts join those of the folder. Raises RunFolderError
+    where the folder holds something else.
     """
-    claim(out, run, "run of test.py")
+    run = json.loads(json.dumps(run))
+    known = described(out)
+    before = known or run
+    try:
+        methods = list(dict.fromkeys(before["methods"] + run["methods"]))
+        views = sorted({*before["views"], *run["views"]})
+        run, before = (_joined(one, other, methods, views) for one, other in ((run, before), (before, run)))
+    except (KeyError, TypeError):
+        raise RunFolderError(f"{out} holds no run of test.py that can be read; give --out a new folder.") from None
+    run = claim(out, run, "run of test.py", before=known and before)
     done, parts = {}, sorted(out.glob("part-*.csv"))
     for path in filter(Path.is_file, (out / "results.csv", *parts)):
         for key, group in groupby(whole_rows(path), lambda row: (row["file"], row["method"], int(row["views"]))):
@@ -38,7 +52,13 @@ def open_results(out: Path, run: dict) -> dict[tuple, list[dict]]:
         write_rows(out / "results.csv", [row for rows in done.values() for row in rows])
         for part in parts:
             part.unlink()
-    return done
+    return run, done
+
+
+def _joined(one: dict, other: dict, methods: list[str], views: list[int]) -> dict:
+    """A configuration with those levels and options of methods that only the other has."""
+    levels = {**other["levels"], **one["levels"]}
+    return {**{k: other[k] for k in methods if k in other}, **one, "methods": methods, "views": views, "levels": levels}
 
 
 def whole_rows(path: Path) -> list[dict]:
@@ -47,7 +67,7 @@ def whole_rows(path: Path) -> list[dict]:
     *lines, _ = path.read_bytes().decode("utf-8", errors="replace").split("\n")  # the last: nothing, or half a line
     for line in lines:
         try:
-            row = dict(zip(COLUMNS, next(csv.reader([line]), ()), strict=True))
+            row = dict(zip(COLUMNS, from_cells(next(csv.reader([line]), [])), strict=True))
             if row["check"] != check_of(row) or min(float(row[name]) for name in MACHINE) < 0:
                 raise ValueError
             found.append(row)
@@ -62,7 +82,8 @@ def whole_rows(path: Path) -> list[dict]:
 def append(out: Path, rank: int, rows: list[dict]) -> None:
     """Add rows to the part file of a process."""
     with writing(out), open(out / f"part-{rank}.csv", "a", newline="", encoding="utf-8") as file:
-        csv.DictWriter(file, COLUMNS).writerows({**row, "check": check_of(row)} for row in rows)
+        rows = ({**row, "check": check_of(row)} for row in rows)
+        csv.writer(file).writerows(as_cells(row.get(name, "") for name in COLUMNS) for row in rows)
 
 
 def write_rows(path: Path, rows: list[dict]) -> None:
@@ -71,16 +92,38 @@ def write_rows(path: Path, rows: list[dict]) -> None:
 
 
 def table(summary: list[dict], notes: list[str]) -> str:
-    """Markdown: a table a window of means over slices, PSNR with its 95 % interval by slice, and notes below."""
+    """Markdown: a table a window of means over slices, PSNR with its 95 % interval, one by patient, and notes below.
+
+    The interval is over patients where there are several, else over slices.
+    """
+    several = summary[0]["patients"] > 1
+    interval, of = ("psnr_ci_patients", " over patients") if several else ("psnr_ci_slices", "")
     lines, columns = [], ["views", "method", *(f"{m.label} {m.unit}" for m in METRICS.values()), "calls", "s/slice"]
-    columns[2] += " [95 %]"
+    columns[2] += f" [95 %{of}]" if any(row.get(interval) for row in summary) else ""
     for width, centre in dict.fromkeys(tuple(row["window"]) for row in summary):
-        lines += [f"W{width}/L{centre}", "", f"| {' | '.join(columns)} |", "|" + "---|" * len(columns)]
+        lines += [f"W{width}/L{centre}", "", *_markdown(columns)]
         for row in (row for row in summary if tuple(row["window"]) == (width, centre)):
             cells = ["-" if row[k] is None else f"{m.scale * row[k]:.{m.digits}f}" for k, m in METRICS.items()]
-            if interval := row["psnr_ci_slices"]:
-                cells[0] += f" [{interval[0]:.2f}, {interval[1]:.2f}]"
+            if ends := row.get(interval):
+                cells[0] += f" [{ends[0]:.2f}, {ends[1]:.2f}]"
             cells = [f"{row['views']}", row["method"], *cells, f"{row['nfe']:.1f}", f"{row['seconds_per_slice']:.2f}"]
             lines.append(f"| {' | '.join(cells)} |")
         lines.append("")
-    return "\n".join(lines + notes)
+    return "\n".join(lines + (by_patient(summary) if several else []) + notes)
+
+
+def by_patient(summary: list[dict]) -> list[str]:
+    """Markdown: mean PSNR of each patient in the first window; of many the lowest, the median and the highest."""
+    rows = [row for row in summary if row["window"] == summary[0]["window"]]
+    names, few = list(rows[0]["psnr_patients"]), len(rows[0]["psnr_patients"]) <= 8
+    shown = [name.replace("|", "/") for name in names] if few else ["lowest patient", "median", "highest"]
+    lines = ["PSNR dB by patient, W{}/L{}".format(*rows[0]["window"]), "", *_markdown(["views", "method", *shown])]
+    for row in rows:
+        values = [np.nan if value is None else value for value in row["psnr_patients"].values()]
+        values = values if few else np.nanquantile(values, [0, 0.5, 1])
+        lines.append(f"| {row['views']} | {row['method']} | {' | '.join(f'{value:.2f}' for value in values)} |")
+    return [*lines, ""]
+
+
+def _markdown(columns: list[str]) -> list[str]:
+    return [f"| {' | '.join(columns)} |", "|" + "---|" * len(columns)]

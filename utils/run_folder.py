@@ -86,9 +86,9 @@ def sweep(out: Path) -> None:
             path.unlink(missing_ok=True)
 
 
-def described(out: Path) -> dict | None:
+def described(out: Path, name: str = "run.json") -> dict | None:
     """What OUT/run.json says, or None where it says nothing. Raises RunFolderError where it is damaged."""
-    path = out / "run.json"
+    path = out / name
     try:
         found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     except (OSError, ValueError, RecursionError) as error:

@@ -1,5 +1,6 @@
 """The state of a training on disk: written whole or not at all, and found again on resume."""
 
+import hashlib
 import importlib.metadata
 import platform
 import subprocess
@@ -11,6 +12,8 @@ from zipfile import BadZipFile, ZipFile
 import torch
 
 from utils.files import atomic
+
+MARK = b"sha256 "  # then 64 digits: the end of a state
 
 
 def commit() -> str:
@@ -34,8 +37,11 @@ def versions() -> dict[str, str]:
 def save_state(out: Path, seen: int, content: dict) -> None:
     """Write state-`seen`.pt; then remove all older ones but one. Later ones are damaged and will be overwritten."""
     path = out / f"state-{seen:09d}.pt"
-    with atomic(path) as partial, open(partial, "wb") as file:
+    with atomic(path) as partial, open(partial, "w+b") as file:
         torch.save(content, file)
+        file.seek(0)
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+        file.write(MARK + digest.encode())
     for old in [p for p in sorted(out.glob("state-*.pt")) if p <= path][:-2]:
         old.unlink()
 
@@ -44,12 +50,22 @@ def newest_state(out: Path, device: str):
     """(path, content) of the newest whole state, or (None, None); a damaged one is named and passed over."""
     for path in sorted(out.glob("state-*.pt"), reverse=True):
         try:
-            with ZipFile(path) as file:
-                if damaged := file.testzip():  # PyTorch does not compare the check sums
-                    raise BadZipFile(damaged)
+            check_state(path)
             torch.load(path, map_location="cpu", weights_only=True)
         except Exception as error:  # a truncated zip fails in many ways, and an older state serves
             print(f"{path.name} cannot be read ({type(error).__name__}); trying the one before.", file=sys.stderr)
         else:
             return path, torch.load(path, map_location=device, weights_only=True)  # may fail: the file is whole
     return None, None
+
+
+def check_state(path: Path) -> None:
+    """Raises BadZipFile where a state is not as it was written. PyTorch compares nothing."""
+    content = memoryview(path.read_bytes())
+    body, end = content[:-len(MARK) - 64], content[-len(MARK) - 64:]
+    if end[:len(MARK)] != MARK:  # written by an older version
+        with ZipFile(path) as file:
+            if damaged := file.testzip():
+                raise BadZipFile(damaged)
+    elif hashlib.sha256(body).hexdigest().encode() != end[len(MARK):]:
+        raise BadZipFile("another SHA-256")

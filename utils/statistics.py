@@ -12,12 +12,12 @@ from utils.units import number
 def interval(values: np.ndarray, groups: list, seed: int = 0, draws: int = 2000) -> list[float] | None:
     """95 % percentile bootstrap interval of the mean of `values` (N,), drawing whole groups with replacement.
 
-    groups: the group of each value: its slice, or its patient, since slices of one patient are alike. None for a single
-    group, whose spread says nothing about others.
+    groups: the group of each value: its slice, or its patient, since slices of one patient are alike. None for one or
+    two groups, whose spread says nothing about others.
     """
     _, index = np.unique(groups, return_inverse=True)
     sums, counts = np.bincount(index, values), np.bincount(index)
-    if len(sums) < 2:
+    if len(sums) < 3:
         return None
     drawn = np.random.default_rng(seed).integers(len(sums), size=(draws, len(sums)))
     return np.quantile(sums[drawn].sum(1) / counts[drawn].sum(1), [0.025, 0.975]).tolist()
@@ -34,8 +34,9 @@ def holm(p: list[float]) -> list[float]:
 def summarize(done: dict[tuple, list[dict]], patients: list[str], methods, views, seed: int = 0) -> list[dict]:
     """A row for each method, view count and window: means over slices, spread and intervals.
 
-    done: result rows, one a window, by (file, method, views), the files in the order of `patients`. A metric that is
-    NaN for some slices is that of the others, and `<metric>_slices` says how many these are.
+    done: result rows, one a window, by (file, method, views), the files in the order of `patients`; what it does not
+    have is left out. A metric that is NaN for some slices is that of the others, and `<metric>_slices` says how many
+    these are. `psnr_patients`: means of each patient, where there are several.
     """
     summary = []
     for n, method in product(views, methods):
@@ -55,6 +56,10 @@ def summarize(done: dict[tuple, list[dict]], patients: list[str], methods, views
                     found[f"{k}_std"] = float(kept.std(ddof=1)) if len(kept) > 1 else None
                     found[f"{k}_ci_slices"] = interval(kept, range(len(kept)), seed)
                     found[f"{k}_ci_patients"] = interval(kept, owners, seed)
+            if found["patients"] > 1:
+                psnr, owners = value["psnr"], np.array(patients)
+                each = {owner: psnr[(owners == owner) & there["psnr"]] for owner in dict.fromkeys(patients)}
+                found["psnr_patients"] = {owner: float(v.mean()) if len(v) else None for owner, v in each.items()}
             summary.append(found)
     return summary
 
@@ -63,7 +68,10 @@ def compare(done: dict[tuple, list[dict]], methods, views) -> list[dict]:
     """Every pair of methods at every view count: mean difference of PSNR in the first window, and Wilcoxon's
     signed-rank test over slices, two-sided, Holm-adjusted over all rows."""
     rows = []
+    there = {(m, v) for _, m, v in done}
     for n, (a, b) in product(views, combinations(methods, 2)):
+        if not {(a, n), (b, n)} <= there:
+            continue
         scores = [np.array([float(r[0]["psnr"]) for (_, k, v), r in done.items() if (k, v) == (m, n)]) for m in (a, b)]
         difference = scores[0] - scores[1]
         difference = difference[~np.isnan(difference)]

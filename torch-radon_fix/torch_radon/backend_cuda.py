@@ -545,7 +545,7 @@ def _make_blocks(geometry: Geometry | Stacked, batch: int, most: int, tables: _T
 
 BLOCKS_KEPT = 1024       # of a few kilobytes
 _devices = {}            # device -> _Tables
-_captured = {}           # what graphs replay with: the caches may forget it, its memory must not be freed
+_captured = set()        # what graphs replay with: the caches may forget it, its memory must not be freed
 
 
 def _blocks(geometry: Geometry | Stacked, batch: int, most: int, device: torch.device) -> _Blocks:
@@ -573,7 +573,7 @@ def _blocks(geometry: Geometry | Stacked, batch: int, most: int, device: torch.d
         if len(tables.blocks) > BLOCKS_KEPT:
             tables.blocks.popitem(last=False)
     if capturing:
-        _captured[device, key] = blocks
+        _captured.add(blocks)
     return blocks
 
 
@@ -589,7 +589,7 @@ def _matrix(scan: Geometry, name: str, first: int, stop: int, front: int, back: 
 def _filter_matrix(*key) -> torch.Tensor:
     matrix = _matrix(*key)
     if key[-1].type == "cuda" and torch.cuda.is_current_stream_capturing():
-        _captured[key] = matrix
+        _captured.add(matrix)
     return matrix
 
 
