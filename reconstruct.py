@@ -155,7 +155,7 @@ def write_output(args, job: Job, work: np.ndarray, done: np.ndarray, targets: li
         return []
     if args.format in VOLUMES and not done.all():
         return [(targets[0].name, "refused", f"is not written, as {(~done).sum()} of {len(done)} slices are missing: "
-                 "put them right and repeat the command, or choose --format dicom, which leaves them out")]
+                 "put the input right and give --out a new folder, or choose --format dicom, which leaves them out")]
     if args.format in VOLUMES:
         final = (smoothed(work, done, i, args.median_z) for i in Progress(range(len(work)), desc="Writing"))
         VOLUMES[args.format][1](targets[0], final, job.places, job.size)

@@ -98,5 +98,6 @@ def near_plane(found: dict, count: int) -> tuple[dict, list[int], str]:
            f"{angle.max():.1f}: that is a cone beam, which RTK, TIGRE or LEAP reconstruct")
     if not near:
         raise InputError(f"The scan {far}")
-    return ({"slice_spacing_mm": pitch * source / (source + detector)} | given, near,
+    on_axis = source / (source + detector)
+    return ({"slice_spacing_mm": pitch * on_axis, "first_slice_mm": float(height[near[0]] * on_axis)} | given, near,
             far if len(near) < count else "")

@@ -96,13 +96,16 @@ def measured(args) -> Job:
         raise InputError(f"{args.input} {error}.") from error
     found, rows, far = near_plane(in_degrees(told | geometry), len(lines))
     photons = found.pop("photons", None)
+    if photons is not None and not (isinstance(photons, int | float) and photons > 0):
+        raise InputError(f"The geometry's photons are {photons!r}; expected a number above 0")
     whole = make_scanner(found)
     check_axes(whole, lines.shape)
     names = [f"slice {row + 1} of {args.input.name}" for row in rows]
 
     def values(i):
         """(line integrals (views, bins), warnings) of a slice."""
-        row, filled = mend(lines[rows[i]]) if isinstance(lines, Counts) else (np.asarray(lines[rows[i]]), "")
+        row = np.asarray(lines[rows[i]], np.float32)
+        row, filled = mend(row) if isinstance(lines, Counts) else (row, "")
         return row, [*filter(None, [filled]), *alarms.check_values(row, whole)]
 
     middle, row = first_readable(values, names)

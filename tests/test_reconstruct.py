@@ -341,7 +341,7 @@ def test_a_measured_sinogram_with_a_geometry_in_mm(tmp_path, capsys, stops):
     geometry = ["--geometry", tmp_path / "g.json"]
     files, hu = read(fbp(tmp_path, *geometry, source="scan.npy", views=36))
     assert hu.shape == (2, 32, 32) and files[0].PixelSpacing[0] == 11.25 and "36 views" in files[0].SeriesDescription
-    assert abs(hu[0, 12, 16]) < 60 and abs(hu[1, 12, 16] + 500) < 60 and "measured" in files[0].DerivationDescription
+    assert abs(hu[0, 12, 16]) < 90 and abs(hu[1, 12, 16] + 500) < 60 and "measured" in files[0].DerivationDescription
     argv = [str(tmp_path / "scan.npy"), *map(str, geometry), "--out", str(tmp_path / "net"), "--method", "one-step",
             "--dc", "8", "--format", "npy"]
     assert main(argv) == 0 and "compare with --method fbp" in capsys.readouterr().out
