@@ -79,16 +79,15 @@ def simulated(args) -> Job:
     )
 
 
-def measured(args) -> Job:
-    """A measured scan: its own geometry is that of the FBP, of every D and of data consistency. Raises InputError."""
-    import torch
+def read_scan(args):
+    """(sinograms (N, views, bins), their scanner, which of them are near its plane, photons or None, what is refused).
 
-    from models import alarms
+    Raises InputError.
+    """
     from models.geometry import check_axes, in_degrees, near_plane, read_in_mm
-    from models.scanner import make_scanner, merged_bins, scanner_warnings, to_pixels
-    from utils.device import chosen_device
+    from models.scanner import make_scanner
 
-    geometry, device = read_in_mm(args.geometry) if args.geometry else {}, chosen_device(args.device)
+    geometry = read_in_mm(args.geometry) if args.geometry else {}
     try:
         lines, told = read_sinograms(args.input, args.dataset, axes=args.axes, angles=args.angles, flat=args.flat,
                                      dark=args.dark, position=args.position)
@@ -98,8 +97,21 @@ def measured(args) -> Job:
     photons = found.pop("photons", None)
     if photons is not None and not (isinstance(photons, int | float) and photons > 0):
         raise InputError(f"The geometry's photons are {photons!r}; expected a number above 0")
-    whole = make_scanner(found)
-    check_axes(whole, lines.shape)
+    scanner = make_scanner(found)
+    check_axes(scanner, lines.shape)
+    return lines, scanner, rows, photons, far
+
+
+def measured(args) -> Job:
+    """A measured scan: its own geometry is that of the FBP, of every D and of data consistency. Raises InputError."""
+    import torch
+
+    from models import alarms
+    from models.scanner import merged_bins, scanner_warnings, to_pixels
+    from utils.device import chosen_device
+
+    device = chosen_device(args.device)
+    lines, whole, rows, photons, far = read_scan(args)
     names = [f"slice {row + 1} of {args.input.name}" for row in rows]
 
     def values(i):

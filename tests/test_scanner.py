@@ -259,7 +259,7 @@ def test_projections_that_are_not_one_plane_rotation_are_refused(tmp_path):
     scanner = make_scanner(FAN | {"angles": {"start": 0, "step": 90, "count": 4}, "detector_count": 8})
     lines = np.ones((4, 8), np.float32)
     for name, change, text in [
-            ("spiral", {"z": lambda i: float(i)}, "spiral"), ("cone", {"rows": 4}, "4 detector rows"),
+            ("spiral", {"z": lambda i: float(i)}, "no plane"), ("cone", {"rows": 4}, "lacks the tag"),
             ("two", {"source": lambda i: 500.0 + i}, "different scans"),
             ("count", {"columns": 9}, "9 detector columns"), ("ball", {"shape": "SPHERICAL"}, "neither FLAT"),
             ("nan", {"span": float("nan")}, "finite")]:
