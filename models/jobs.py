@@ -84,7 +84,7 @@ def measured(args) -> Job:
     import torch
 
     from models import alarms
-    from models.geometry import check_axes, in_degrees, near_plane, read_in_mm
+    from models.geometry import check_axes, in_degrees, near_plane, read_in_mm, take_photons
     from models.scanner import make_scanner, merged_bins, scanner_warnings, to_pixels
     from utils.device import chosen_device
 
@@ -95,9 +95,7 @@ def measured(args) -> Job:
     except Refused as error:
         raise InputError(f"{args.input} {error}.") from error
     found, rows, far = near_plane(in_degrees(told | geometry), len(lines))
-    photons = found.pop("photons", None)
-    if photons is not None and not (isinstance(photons, int | float) and photons > 0):
-        raise InputError(f"The geometry's photons are {photons!r}; expected a number above 0")
+    photons = take_photons(found)
     whole = make_scanner(found)
     check_axes(whole, lines.shape)
     names = [f"slice {row + 1} of {args.input.name}" for row in rows]
