@@ -55,6 +55,14 @@ def in_degrees(found: dict) -> dict:
     return found
 
 
+def take_photons(found: dict) -> float | None:
+    """The photons, which are taken out of the fields; None where they are not told. Raises InputError."""
+    photons = found.pop("photons", None)
+    if photons is not None and not (_number(photons) and photons > 0):
+        raise InputError(f"The geometry's photons are {photons!r}; expected a number above 0")
+    return photons
+
+
 def _number(value) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 

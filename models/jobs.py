@@ -84,7 +84,7 @@ def read_scan(args):
 
     Raises InputError.
     """
-    from models.geometry import check_axes, in_degrees, near_plane, read_in_mm
+    from models.geometry import check_axes, in_degrees, near_plane, read_in_mm, take_photons
     from models.scanner import make_scanner
 
     geometry = read_in_mm(args.geometry) if args.geometry else {}
@@ -94,9 +94,7 @@ def read_scan(args):
     except Refused as error:
         raise InputError(f"{args.input} {error}.") from error
     found, rows, far = near_plane(in_degrees(told | geometry), len(lines))
-    photons = found.pop("photons", None)
-    if photons is not None and not (isinstance(photons, int | float) and photons > 0):
-        raise InputError(f"The geometry's photons are {photons!r}; expected a number above 0")
+    photons = take_photons(found)
     scanner = make_scanner(found)
     check_axes(scanner, lines.shape)
     return lines, scanner, rows, photons, far
