@@ -108,7 +108,8 @@ def main(argv=None):
     methods, found = ["fbp", *args.methods], scanners(hu.shape[-1], args.views)
     run = {"checkpoint": hash16(plain.path), "data": fingerprint(files, hu), "methods": methods, "windows": WINDOWS[:1],
            "slices": len(names),
-           **{k: getattr(args, k) for k in ("views", "photons", "dc", "batch", "precision", "device")}}
+           "views": [args.views],
+           **{k: getattr(args, k) for k in ("photons", "dc", "batch", "precision", "device")}}
     x0 = Degradation().full(hu_to_mu(torch.from_numpy(hu))[:, None].to(args.device))
     summary = []
     with Progress(total=len(found) * len(methods) * len(names), desc="Scanners", unit="slice") as bar:
