@@ -137,10 +137,11 @@ def main(argv=None):
     names, patients = [f.name for f in files], patients_of(files)
     run = {"checkpoint": hash16(plain.path), "data": fingerprint(files, hu), "methods": list(methods),
            "windows": WINDOWS[:1], "slices": len(names),
-           "levels": [methods[args.methods[0] + suffix][0].chain(n) for n in args.views for suffix in ("", DC)],
+           "levels": {f"{n}{suffix}": methods[args.methods[0] + suffix][0].chain(n)
+                      for n in args.views for suffix in ("", DC)},
            **{k: getattr(args, k) for k in ("views", "dc", "seed", "batch", "precision", "device")}}
     scanners = measurements(args.photons, args.seed)
-    done = {name: open_results(args.out / name, run) for name in scanners}
+    done = {name: open_results(args.out / name, run)[1] for name in scanners}
     x0 = Degradation().full(hu_to_mu(torch.from_numpy(hu))[:, None].to(args.device))
     total = len(scanners) * len(args.views) * len(methods) * len(names)
     with Progress(total=total, desc="Methods", unit="slice") as bar:
@@ -148,7 +149,7 @@ def main(argv=None):
             evaluate(args, name, measurement, done[name], x0, names, patients, methods, bar)
     columns = ("views", "method", "psnr", "ssim", "rmse_hu", "vif", "nfe")
     summary = [{"measurement": name, **{k: row[k] for k in columns}} for name in scanners
-               for row in summarize(open_results(args.out / name, run), patients, list(methods), args.views)]
+               for row in summarize(open_results(args.out / name, run)[1], patients, list(methods), args.views)]
     write_rows(args.out / "robustness.csv", summary)
     notes = [f"Mean PSNR in dB over {len(names)} slices of {len(set(patients))} patient(s), W{WINDOWS[0][0]}/"
              f"L{WINDOWS[0][1]}, checkpoint {plain.path.name}, dc: {args.dc} iterations at most."]

@@ -108,16 +108,17 @@ def main(argv=None):
     methods, found = ["fbp", *args.methods], scanners(hu.shape[-1], args.views)
     run = {"checkpoint": hash16(plain.path), "data": fingerprint(files, hu), "methods": methods, "windows": WINDOWS[:1],
            "slices": len(names),
-           **{k: getattr(args, k) for k in ("views", "photons", "dc", "batch", "precision", "device")}}
+           "views": [args.views], "levels": {str(args.views): plain.chain(args.views)},
+           **{k: getattr(args, k) for k in ("photons", "dc", "batch", "precision", "device")}}
     x0 = Degradation().full(hu_to_mu(torch.from_numpy(hu))[:, None].to(args.device))
     summary = []
     with Progress(total=len(found) * len(methods) * len(names), desc="Scanners", unit="slice") as bar:
         for name, scanner in found.items():
             one = run | {"scanner": repr(scanner)}
-            done = open_results(args.out / name, one)
+            done = open_results(args.out / name, one)[1]
             reconstructor = Reconstructor(plain.network, scanner, args.device, args.precision, dc=args.dc)
             evaluate(args, name, reconstructor, done, x0, names, patients, bar)
-            rows = summarize(open_results(args.out / name, one), patients, methods, [args.views])
+            rows = summarize(open_results(args.out / name, one)[1], patients, methods, [args.views])
             summary += [{"scanner": name, **{k: row[k] for k in ("views", "method", "psnr", "ssim", "rmse_hu", "nfe")}}
                         for row in rows]
     write_rows(args.out / "scanners.csv", summary)
