@@ -18,7 +18,7 @@ from datasets.series import Refused, refuse_on_error
 WHOLE = 2**33  # bytes, the most that is read at once
 BLOCK = 2**28  # bytes of neighbouring slices that are read together: in many files they lie interleaved
 TIFF = (".tif", ".tiff")
-KINDS = ".npy, .h5, .hdf5, .nxs, .mat, TIFF images"
+HDF5 = (".h5", ".hdf5", ".nxs")
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,23 +65,25 @@ def _block(stack: Stack, start: int, count: int) -> np.ndarray:
 def read_arrays(path: Path) -> dict[str, Stack]:
     """{name: array} of a file's integers and floats; a file of one nameless array calls it "". A folder holds TIFF
     images. Raises Refused."""
-    kind = path.suffix.lower()
+    kind, turned = path.suffix.lower(), 1
+    if not (path.is_dir() or path.is_file()):
+        raise Refused("is no regular file")
     if path.is_dir() or kind in TIFF:
         found = {"": _tiff(path)}
     elif kind == ".npy":
         with refuse_on_error("is no whole .npy array"):
-            found = {"": np.load(path, mmap_mode="r", allow_pickle=False)}
-    elif kind in (".h5", ".hdf5", ".nxs", ".mat"):
+            found = {"": np.lib.format.open_memmap(path, mode="r")}
+    elif kind in HDF5:
+        found = _hdf5(path)
+    elif kind == ".mat":
         import h5py  # only these files need it
 
-        hdf5 = kind != ".mat" or h5py.is_hdf5(path)
-        with refuse_on_error(f"is no whole {'MATLAB' if kind == '.mat' else 'HDF5'} file"):
-            found = _hdf5(h5py.File(path)) if hdf5 else _matlab(path)
-        if hdf5 and kind == ".mat":  # MATLAB counts axes from the other end
-            return {name: Stack(array, tuple(range(array.ndim))[::-1]) for name, array in found.items()}
+        turned = -1 if h5py.is_hdf5(path) else 1  # MATLAB 7.3 counts axes from the other end
+        found = _hdf5(path) if turned < 0 else _matlab(path)
     else:
-        raise Refused(f"is no sinogram that this program reads ({KINDS}, or a folder of these)")
-    return {name: Stack(array, tuple(range(array.ndim))) for name, array in found.items()}
+        raise Refused("is no sinogram that this program reads (.npy, .h5, .hdf5, .nxs, .mat, TIFF images, or a folder "
+                      "of these)")
+    return {name: Stack(array, tuple(range(array.ndim))[::turned]) for name, array in found.items()}
 
 
 def only_array(path: Path) -> np.ndarray:
@@ -89,8 +91,7 @@ def only_array(path: Path) -> np.ndarray:
     if path.suffix.lower() in (".txt", ".csv", ".dat"):
         _limit(20 * path.stat().st_size)
         with refuse_on_error("is no text of numbers alone"):
-            separator = "," if "," in path.read_text(encoding="utf-8") else None
-            return np.loadtxt(path, delimiter=separator, encoding="utf-8", ndmin=1)
+            return np.loadtxt(path.read_text(encoding="utf-8").replace(",", " ").splitlines(), ndmin=1)
     found = read_arrays(path)
     if len(found) != 1:
         raise Refused(f"holds the arrays {', '.join(sorted(found)) or '(none)'}; expected one")
@@ -103,7 +104,9 @@ def _limit(size: int) -> None:
                       "it as .npy or uncompressed HDF5")
 
 
-def _hdf5(file) -> dict:
+@refuse_on_error("is no whole HDF5 file")
+def _hdf5(path) -> dict:
+    """The data sets of a file. It stays open: they are read as they are indexed."""
     import h5py
 
     found = {}
@@ -116,10 +119,11 @@ def _hdf5(file) -> dict:
             _limit(item.dtype.itemsize * math.prod(item.chunks or ()))
             found[name] = item
 
-    file.visititems(visit)
+    h5py.File(path).visititems(visit)
     return found
 
 
+@refuse_on_error("is no whole MATLAB file")
 def _matlab(path) -> dict:
     """The arrays of a MATLAB 5 file, those inside structures by path."""
     from scipy.io import loadmat
@@ -144,13 +148,11 @@ def _unpacked(path) -> int:
             raise Refused("is no MATLAB file of version 5 or 7.3; save it by save -v7.3")
         while len(head := file.read(8)) == 8:
             kind, size = struct.unpack(order + "II", head)
+            start = file.read(min(size, 256))
+            file.seek(size - len(start), 1)
             if kind == 15:  # miCOMPRESSED: the tag inside says how much comes out
-                start = zlib.decompressobj().decompress(file.read(min(size, 256)), 8)
-                total += struct.unpack(order + "II", start)[1]
-                file.seek(size - min(size, 256), 1)
-            else:
-                total += size
-                file.seek(size, 1)
+                size = struct.unpack(order + "II", zlib.decompressobj().decompress(start, 8))[1]
+            total += size
     return total
 
 
@@ -159,21 +161,19 @@ def _tiff(path) -> np.ndarray:
     """
     from PIL import Image, ImageSequence
 
-    files = sorted((file for file in path.iterdir() if file.suffix.lower() in TIFF),
-                   key=lambda file: re.sub(r"\d+", lambda digits: digits[0].zfill(20), file.name)
-                   ) if path.is_dir() else [path]
+    files = [path] if path.is_file() else sorted(
+        (file for file in path.glob("[!.]*") if file.suffix.lower() in TIFF),
+        key=lambda file: re.sub(r"\d+", lambda digits: digits[0].zfill(20), file.name))
     if not files:
         raise Refused("holds neither DICOM-CT-PD files nor TIFF images")
-    pages, usual = [], None
+    pages = []
     for file in files:
         with refuse_on_error(f"holds a TIFF image that cannot be read: {file.name}"), Image.open(file) as image:
             _limit(4 * image.width * image.height * image.n_frames * len(files))
             for page in ImageSequence.Iterator(image):
                 if page.mode not in ("F", "I", "L") and not page.mode.startswith("I;16"):
                     raise Refused(f"holds a TIFF image in colours or bits: {file.name}")
-                usual = usual or (page.size, page.mode)
-                if (page.size, page.mode) != usual:
-                    raise Refused(f"holds TIFF images of different sizes: {file.name}")
                 pages.append(np.array(page))
+                if (pages[-1].shape, pages[-1].dtype) != (pages[0].shape, pages[0].dtype):
+                    raise Refused(f"holds TIFF images of different sizes: {file.name}")
     return np.stack(pages) if len(pages) > 1 else pages[0]
-

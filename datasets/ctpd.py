@@ -21,6 +21,7 @@ PatientPosition says what that is in the patient.
 import math
 import os
 from collections import Counter
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -32,12 +33,16 @@ from datasets.privacy import pseudonym
 from datasets.series import Refused, refuse_on_error
 from datasets.slices import evenly_spaced
 
-FIELDS = {"pitch": 0x70291002, "row_pitch": 0x70291006, "rows": 0x70291010, "columns": 0x70291011, "shape": 0x7029100B,
-          "angle": 0x70311001, "z": 0x70311002, "source": 0x70311003, "span": 0x70311031, "centre": 0x70311033,
-          "shift_1": 0x7033100B, "shift_2": 0x7033100C, "shift_3": 0x7033100D, "mode": 0x7033100E, "steps": 0x70331013,
+FIELDS = {"number": 0x00200013, "slope": 0x00281053, "intercept": 0x00281052, "position": 0x00185100,
+          "diameter": 0x00180090, "patient": 0x00100020, "pitch": 0x70291002, "row_pitch": 0x70291006,
+          "rows": 0x70291010, "columns": 0x70291011, "shape": 0x7029100B, "angle": 0x70311001, "z": 0x70311002,
+          "source": 0x70311003, "span": 0x70311031, "centre": 0x70311033, "shift_1": 0x7033100B,
+          "shift_2": 0x7033100C, "shift_3": 0x7033100D, "mode": 0x7033100E, "steps": 0x70331013,
           "spectrum": 0x70331063, "photons": 0x70331065, "log": 0x70391009, "water": 0x70411001}
-NEEDED = ("pitch", "rows", "columns", "shape", "angle", "source", "span", "centre")
-TEXT = ("shape", "mode", "log", "water")  # rows, columns, steps and spectrum are 16-bit integers, all others float32
+NEEDED = ("pitch", "rows", "columns", "shape", "angle", "source", "span", "centre", "number", "slope", "intercept")
+WORDS = ("shape", "mode", "log", "position", "patient")
+LISTS = ("centre", "photons")
+SHORT = ("rows", "columns", "steps", "spectrum")  # 16-bit integers; the other private numbers but water are float32
 SAME = ("pitch", "row_pitch", "rows", "columns", "shape", "source", "span", "centre", "mode", "water", "position")
 SHAPES = {"FLAT": "flat", "CYLINDRICAL": "curved"}
 # Degrees from the source's place to the Scanner's angle, and which way that grows, as displayed: left on the right.
@@ -45,8 +50,8 @@ POSITIONS = {"HFS": (180, "ccw"), "HFP": (0, "ccw"), "HFDR": (90, "ccw"), "HFDL"
              "FFS": (180, "cw"), "FFP": (0, "cw"), "FFDR": (270, "cw"), "FFDL": (90, "cw")}
 LARGEST_ANGLE = 0.01   # radians: a shift of the spot beyond is mm
 ROUNDING = 1e-5, 0.01, 0.01  # radians, mm, mm: smaller shifts are none
+AXIAL = 0.05  # mm: a scan that moves less along the axis does not move
 MOST_STATES = 16
-DAMAGED = "cannot be parsed as DICOM; is it damaged?"
 MANY = 2000  # files: from here on processes read their headers
 
 
@@ -93,88 +98,107 @@ class Scan:
                  "photons": 0.0 if self.photons is None else float(self.photons.mean())}
         return told | {key: value for key, value in extra.items() if value}
 
+    @property
+    def axial(self) -> bool:
+        """Whether it stays in one plane."""
+        return np.ptp(self.z) <= AXIAL
+
+    @property
+    def plain(self) -> bool:
+        """Whether it is a fan beam as it was measured: one row, and neither table nor focal spot moves."""
+        return self.rows == 1 and self.axial and not self.states.any()
+
     @refuse_on_error("cannot be read as a DICOM-CT-PD view")
-    @pydicom.config.disable_value_validation()
     def view(self, i: int) -> np.ndarray:
         """Line integrals (rows, columns) float32. Raises Refused."""
         path, frame, slope, intercept = self.files[i]
-        stored = pydicom.dcmread(path)
-        pixels = stored.pixel_array if int(stored.get("NumberOfFrames") or 1) == 1 else \
-            pydicom.pixels.pixel_array(stored, index=frame)
-        if pixels.shape != (self.columns, self.rows):
-            raise Refused(f"cannot be used: {os.path.basename(path)} holds {pixels.shape[0]} x {pixels.shape[1]} "
-                          f"pixels for {self.columns} detector columns and {self.rows} rows")
-        return pixels.T * np.float32(slope) + np.float32(intercept)
+        return pydicom.pixels.pixel_array(path, index=frame).T * np.float32(slope) + np.float32(intercept)
 
 
 def is_projections(path: Path) -> bool:
     """Whether a file, or one of some files of a folder or of those in it, is a view in the DICOM-CT-PD format."""
-    for _, files in _folders(path):
-        for file in (files[i] for i in evenly_spaced(len(files), 12)):
-            if (views := _read_file(file)) and not str(views).startswith(DAMAGED):
-                return True
-    return False
+    return any(_is_view(files[i]) for _, files in _folders(path) for i in evenly_spaced(len(files), 12))
+
+
+def _is_view(path):
+    with suppress(Exception):  # what is damaged is none
+        return _value(_items(_header(path), 0), "columns") is not None
 
 
 def _folders(path: Path):
-    """(folder, its DICOM files) of a folder and those below it."""
-    if path.is_file():
-        return [(path.parent, [str(path)] if pydicom.misc.is_dicom(path) else [])]
-    found = ((Path(name), [file for file in sorted(os.path.join(name, one) for one in files)
-                           if pydicom.misc.is_dicom(file)]) for name, _, files in sorted(os.walk(path)))
-    return [(folder, files) for folder, files in found if files]
+    """(folder, its DICOM files) of a file, or of a folder and those below it, where there are any."""
+    for folder, _, names in [(path.parent, [], [path.name])] if path.is_file() else sorted(os.walk(path)):
+        files = [file for name in sorted(names) if os.path.isfile(file := os.path.join(folder, name))
+                 and pydicom.misc.is_dicom(file)]
+        if files:
+            yield Path(folder), files
 
 
-def _value(items, name, frame, frames):
-    """The field `name` of the first of datasets that has it: text, or an array of numbers; None: none has.
+def _header(path):
+    """pydicom's dataset without pixels."""
+    if pydicom.filereader.read_file_meta_info(path).TransferSyntaxUID.is_deflated:
+        raise Refused("is deflated, so that its size is unknown; expected plain DICOM")
+    return pydicom.dcmread(path, stop_before_pixels=True)
 
-    A private tag that no dictionary knows may come as bytes. One value a frame may stand beside the others.
+
+def _items(stored, frame):
+    """Where the fields of a frame may stand, innermost first: its functional groups, the shared ones, the file."""
+    own = stored.get("PerFrameFunctionalGroupsSequence", [])[frame:frame + 1]
+    groups = [*own, *stored.get("SharedFunctionalGroupsSequence", [])]
+    return [*(item for group in groups for item in (group, *(
+        one for element in group if element.VR == "SQ" for one in element.value))), stored]
+
+
+def _value(items, name: str, frame: int = 0, frames: int = 1):
+    """The field `name` of the first item that has it: a word, a number, an array (LISTS); None: none has.
+
+    A private tag that no dictionary knows may come as bytes. One number a frame may stand beside the others.
     """
     tag = pydicom.tag.Tag(FIELDS[name])
     value = next((item[tag].value for item in items if tag in item), None)
     if value is None or value == "":
         return None
     if isinstance(value, bytes):
-        kind = "<u2" if name in ("rows", "columns", "steps", "spectrum") else "<f4"
-        value = value.decode("ascii", "replace") if name in TEXT else np.frombuffer(value, kind)
-    if name in ("shape", "mode", "log"):
-        return str(value).strip("\0 ").upper()
-    values = np.atleast_1d(value.strip("\0 ") if isinstance(value, str) else value).astype(float)
-    if not np.isfinite(values).all():
-        raise Refused(f"has {values.tolist()} in the tag {tag}; expected finite numbers")
-    return values[frame:frame + 1] if len(values) == frames > 1 else values
+        text, kind = name in (*WORDS, "water"), "<u2" if name in SHORT else "<f4"
+        value = value.decode("ascii", "replace") if text else np.frombuffer(value, kind)
+    if name in WORDS:
+        word = str(value).strip("\0 ")
+        return word if name == "patient" else word.upper()
+    numbers = np.atleast_1d(value.strip("\0 ") if isinstance(value, str) else value).astype(float)
+    if not np.isfinite(numbers).all():
+        raise Refused(f"has {numbers.tolist()} in the tag {tag}; expected finite numbers")
+    return numbers if name in LISTS else float(numbers[frame if len(numbers) == frames else 0])
 
 
-def _groups(item):
-    """The item of a functional group with the items of the sequences in it."""
-    return [item, *(one for element in item if element.VR == "SQ" for one in element.value)]
-
-
-@refuse_on_error(DAMAGED)
+@refuse_on_error("cannot be parsed as DICOM; is it damaged?")
 @pydicom.config.disable_value_validation()
-def _views(path):
-    """A file's views, each a dict of FIELDS and what else is needed; none of another kind of object."""
-    stored = pydicom.dcmread(path, stop_before_pixels=True)
-    frames, found = int(stored.get("NumberOfFrames") or 1), []
-    shared = [one for item in stored.get("SharedFunctionalGroupsSequence", []) for one in _groups(item)]
-    own = [_groups(item) for item in stored.get("PerFrameFunctionalGroupsSequence", [])]
+def _views(path) -> list[dict]:
+    """A file's views, each FIELDS and a `file` as of Scan; none of another kind of object. Raises Refused."""
+    stored, found = _header(path), []
+    frames = int(stored.get("NumberOfFrames") or 1)
     for frame in range(frames):
-        items = [*(own[frame] if frame < len(own) else []), *shared, stored]
+        items = _items(stored, frame)
         if _value(items, "columns", frame, frames) is None:
             return []
         view = {name: _value(items, name, frame, frames) for name in FIELDS}
-        if missing := [str(pydicom.tag.Tag(FIELDS[name])) for name in NEEDED if view[name] is None]:
-            raise Refused(f"lacks the tag {missing[0]} of the DICOM-CT-PD format")
-        first = {name: next((one.get(name) for one in items if one.get(name) not in (None, "")), None) for name in (
-            "InstanceNumber", "RescaleSlope", "RescaleIntercept", "DataCollectionDiameter", "PatientPosition",
-            "PatientID")}
-        view |= {"position": str(first["PatientPosition"] or "").strip().upper(), "number": (
-            int(first["InstanceNumber"]), frame), "diameter": float(first["DataCollectionDiameter"] or 0),
-            "patient": str(first["PatientID"] or ""),
-            "file": (path, frame, float(first["RescaleSlope"]), float(first["RescaleIntercept"]))}
-        found.append({name: float(value[0]) if isinstance(value, np.ndarray) and name not in ("centre", "photons")
-                      else value for name, value in view.items()})
+        needed = (*NEEDED, "row_pitch", "z") if view["rows"] != 1 else NEEDED
+        if missing := [name for name in needed if view[name] is None]:
+            raise Refused(f"lacks the tag {pydicom.tag.Tag(FIELDS[missing[0]])} of the DICOM-CT-PD format")
+        if not frame:
+            _check_pixels(stored, path, frames, int(view["columns"]), int(view["rows"]))
+        view |= {"number": (int(view["number"]), frame), "file": (path, frame, view["slope"], view["intercept"])}
+        found.append(view)
     return found
+
+
+def _check_pixels(stored, path, frames, columns, rows):
+    """Raises Refused unless the file is long enough for its frames, uncompressed."""
+    if (stored.Rows, stored.Columns) != (columns, rows):
+        raise Refused(f"holds {stored.Rows} x {stored.Columns} pixels for {columns} detector columns and {rows} rows")
+    if stored.file_meta.TransferSyntaxUID.is_compressed:
+        raise Refused("is compressed; expected plain pixels: decompress it first, for example by gdcmconv --raw")
+    if frames * columns * rows * stored.BitsAllocated // 8 > os.path.getsize(path):
+        raise Refused(f"is cut off: it has fewer bytes than its {frames} frames need")
 
 
 def _read_file(path: str) -> list[dict] | str:
@@ -192,30 +216,28 @@ def read_scan(path: Path, position: str | None = None, spectrum: int | None = No
     """
     scans, reason = {}, ""
     for folder, files in _folders(path):
-        workers = os.cpu_count() or 1
-        read = parallel(_read_file, files, workers, "Reading headers", 64) if len(files) > MANY else [
+        read = parallel(_read_file, files, os.cpu_count() or 1, "Reading headers", 64) if len(files) > MANY else [
             *map(_read_file, files)]
+        bad = [f"{os.path.basename(file)} {views or DIED}" for file, views in zip(files, read, strict=True)
+               if not isinstance(views, list)]
+        reason = f" that can be used: {bad[0]}" if bad else reason
         if any(isinstance(views, list) and views for views in read):
-            scans[folder] = files, read
-        reason = next((f" that can be used: {os.path.basename(file)} {found}" for file, found in zip(
-            files, read, strict=True) if isinstance(found, str)), reason)
+            scans[folder] = read
+            if bad:  # a missing view would leave a gap that nobody sees
+                raise Refused(f"cannot be used: {bad[0]}")
     if len(scans) != 1:
         names = ", ".join(sorted(str(folder.relative_to(path)) for folder in scans))
         raise Refused(f"holds projections in {len(scans)} folders ({names}); give one of them" if scans else
                       f"holds no DICOM-CT-PD files{reason}")
-    ((files, read),) = scans.values()
-    views, others = [], 0
-    for file, found in zip(files, read, strict=True):
-        if not isinstance(found, list):  # a missing view would leave a gap that nobody sees: refuse the scan
-            raise Refused(f"cannot be used: {os.path.basename(file)} {found or DIED}")
-        views += found
-        others += not found
-    views, notes = _one_spectrum(views, spectrum)
+    (read,) = scans.values()
+    others = read.count([])
+    views, notes = _one_spectrum([view for found in read for view in found], spectrum)
     notes = [f"{others} DICOM files beside the views are none and were left out"] * (others > 0) + notes
     return _scan(sorted(views, key=lambda view: view["number"]), position, notes)
 
 
 def _one_spectrum(views, spectrum):
+    """(the views of one spectrum, what is to be said of it). Raises Refused where it must be chosen."""
     found = sorted({int(view["spectrum"] or 0) for view in views})
     if len(found) < 2 and spectrum is None:
         return views, []
@@ -226,67 +248,84 @@ def _one_spectrum(views, spectrum):
 
 
 def _scan(views: list[dict], position: str | None, notes: list[str]) -> Scan:
-    """The Scan of views in order, checked."""
-    first = views[0]
-    _check(views)
-    if not first["position"] and not position:
+    """The Scan of views in the order of their numbers, checked."""
+    _check_same(views)
+    first, phi = views[0], np.unwrap([view["angle"] for view in views])
+    step = np.median(np.diff(phi)) if len(phi) > 1 else math.tau
+    if step == 0:
+        raise Refused(f"has the same angle in most of its views, {first['angle']:.4g} radians in (7031,1001)")
+    if step < 0:
+        views, phi = views[::-1], phi[::-1]
+    columns, rows, centre = int(first["columns"]), int(first["rows"]), first["centre"]
+    position, said = _position(first["position"], position)
+    shifts, moves = spot_shifts(*(np.array([view[f"shift_{i}"] or 0.0 for view in views]) for i in (1, 2, 3)),
+                                first["mode"] or "")
+    states, state = _states(shifts)
+    photons = [view["photons"] for view in views if np.size(view["photons"]) == columns > 1]
+    scan = Scan(
+        files=[view["file"] for view in views], phi=phi, z=np.array([view["z"] or 0.0 for view in views]), state=state,
+        states=states, rho=first["source"], d0=first["span"], columns=columns, rows=rows, du=first["pitch"],
+        dv=first["row_pitch"] or 1.0, cx=centre[0], cy=centre[1] if len(centre) > 1 else (rows + 1) / 2,
+        shape=SHAPES[first["shape"]], position=position, turn=int(first["steps"] or 0) or round(math.tau / abs(step)),
+        water=first["water"] or 0.0, diameter=first["diameter"] or 0.0,
+        photons=np.mean(photons, axis=0) if len(photons) == len(views) else None,
+        patient=pseudonym(first["patient"] or os.path.dirname(first["file"][0]), "patient", keep=False),
+        notes=(*notes, *said, *moves))
+    if not scan.plain:  # that may have any angles
+        numbers = [view["number"][0] for view in views]
+        _check_steps("angle", phi, 1e-4, numbers)
+        _check_steps("z", scan.z, AXIAL, numbers)
+    return scan
+
+
+def _position(told: str | None, wanted: str | None) -> tuple[str, list[str]]:
+    """(how the patient lay, what is to be said of it). Raises Refused."""
+    if not told and not wanted:
         raise Refused("does not say how the patient lay (PatientPosition), so that left and right are unknown; say it "
                       f"by --position, one of {', '.join(POSITIONS)}")
-    if first["position"] and position and first["position"] != position:
-        notes = [*notes, f"its PatientPosition is {first['position']}, and --position {position} was taken"]
-    if (position := position or first["position"]) not in POSITIONS:
+    position = wanted or told
+    if position not in POSITIONS:
         raise Refused(f"has the PatientPosition {position}; expected one of {', '.join(POSITIONS)}")
-    shifts, said = spot_shifts(*(np.array([view[f"shift_{i}"] or 0.0 for view in views]) for i in (1, 2, 3)),
-                               first["mode"] or "")
+    differs = told and told != position
+    return position, [f"its PatientPosition is {told}, and --position {position} was taken"] if differs else []
+
+
+def _states(shifts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(places of the focal spot (states, 3), which one each view has) of shifts (views, 3). Raises Refused."""
     states, state = np.unique(np.round(shifts / ROUNDING).astype(int), axis=0, return_inverse=True)
-    if len(states) > MOST_STATES:
-        raise Refused(f"has {len(states)} places of the focal spot; expected at most {MOST_STATES} that repeat")
-    states = np.stack([shifts[state.ravel() == s].mean(axis=0) for s in range(len(states))])
-    phi = np.unwrap([view["angle"] for view in views])
-    step = np.median(np.diff(phi)) if len(phi) > 1 else math.tau
-    turn = int(first["steps"] or 0) or round(math.tau / abs(step))
-    centre = first["centre"]
-    photons = [view["photons"] for view in views if view["photons"] is not None]
-    order = slice(None, None, 1 if step > 0 else -1)
-    return Scan(
-        files=[view["file"] for view in views][order], phi=phi[order], z=np.array([view["z"] or 0.0 for view in views])[
-            order], state=state.ravel()[order], states=states, rho=first["source"], d0=first["span"],
-        columns=int(first["columns"]), rows=int(first["rows"]), du=first["pitch"], dv=first["row_pitch"] or 1.0,
-        cx=centre[0], cy=centre[1] if len(centre) > 1 else (first["rows"] + 1) / 2, shape=SHAPES[first["shape"]],
-        position=position, turn=turn, water=first["water"] or 0.0, diameter=first["diameter"],
-        photons=np.mean(photons, axis=0) if len(photons) == len(views) and {len(one) for one in photons} == {
-            int(first["columns"])} else None,
-        patient=pseudonym(first["patient"] or os.path.dirname(first["file"][0]), "patient", keep=False),
-        notes=(*notes, *said))
+    state, numbers = state.ravel(), range(len(states))
+    apart = max(np.diff(np.flatnonzero(state == s), prepend=-1, append=len(state)).max() for s in numbers)
+    if len(states) > MOST_STATES or apart > 4 * len(states):
+        raise Refused(f"has {len(states)} places of the focal spot, one of them not in {apart - 1} views; expected at "
+                      f"most {MOST_STATES} that take turns")
+    return np.stack([shifts[state == s].mean(axis=0) for s in numbers]), state
 
 
-def _check(views: list[dict]) -> None:
-    """Raises Refused unless the views are those of one scan, without gaps, of line integrals."""
-    first, numbers = views[0], Counter(view["number"] for view in views)
-    if len(numbers) < len(views):
+def _check_same(views: list[dict]) -> None:
+    """Raises Refused unless the views are those of one scan, of line integrals."""
+    first = views[0]
+    if max(Counter(view["number"] for view in views).values()) > 1:
         raise Refused("holds two views of one InstanceNumber: keep one scan in a folder")
     for name in SAME:
         if any(not np.array_equal(view[name], first[name]) for view in views):
-            what = f"the tag {pydicom.tag.Tag(FIELDS[name])}" if name in FIELDS else "PatientPosition"
-            raise Refused(f"holds views of different scans: {what} changes")
+            raise Refused(f"holds views of different scans: the tag {pydicom.tag.Tag(FIELDS[name])} changes")
     if any(view["log"] == "NO" for view in views):
         raise Refused("holds intensities (LogFlag NO); expected line integrals, -ln(I/I0)")
     if first["shape"] not in SHAPES:
         raise Refused("has a detector that is neither FLAT nor CYLINDRICAL")
-    if first["rows"] > 1 and not first["row_pitch"]:
-        raise Refused("lacks the tag (7029,1006) of the DICOM-CT-PD format")
-    if len(views) > 2:
-        for name, least in (("angle", 1e-4), ("z", 0.05)):
-            values = np.array([view[name] or 0.0 for view in views])
-            steps = np.diff(np.unwrap(values) if name == "angle" else values)
-            usual = np.median(steps)
-            if name == "angle" and not np.ptp([view["z"] or 0.0 for view in views]) > 0.05:
-                continue  # one rotation may have any angles
-            if (worst := np.abs(steps - usual)).max() > max(0.6 * abs(usual), least):
-                number = views[int(worst.argmax())]["number"][0]
-                raise Refused(f"has a step of {steps[worst.argmax()]:.4g} in the tag {pydicom.tag.Tag(FIELDS[name])} "
-                              f"after view {number}, where {usual:.4g} is usual: views are missing, or it is several "
-                              "scans")
+
+
+def _check_steps(name: str, values: np.ndarray, least: float, numbers: list[int]) -> None:
+    """Raises Refused where a step between views is unlike the others, and by more than `least`."""
+    steps = np.diff(values)
+    if len(steps) < 2:
+        return
+    usual = np.median(steps)
+    worst = int(np.abs(steps - usual).argmax())
+    if abs(steps[worst] - usual) > max(0.6 * abs(usual), least):
+        raise Refused(f"has a step of {steps[worst]:.4g} in the tag {pydicom.tag.Tag(FIELDS[name])} after view "
+                      f"{min(numbers[worst:worst + 2])}, where {usual:.4g} is usual: views are missing, or it is "
+                      "several scans")
 
 
 def spot_shifts(first: np.ndarray, second: np.ndarray, radial: np.ndarray, mode: str) -> tuple[np.ndarray, list[str]]:
@@ -304,12 +343,12 @@ def spot_shifts(first: np.ndarray, second: np.ndarray, radial: np.ndarray, mode:
     shifts = np.stack([second, first, radial] if swapped else [first, second, radial], axis=1)
     shifts[:, np.abs(shifts).max(axis=0) < ROUNDING] = 0
     dphi, dz, drho = np.abs(shifts).max(axis=0)
-    moves = ("XY" if dphi or drho else "") + ("Z" if dz else "")
-    if not moves:
+    if not shifts.any():
         still = mode in ("", "FFSNONE")
         return shifts, [] if still else [f"its flying focal spot ({mode}) has no shifts in the files: none is "
                                          "corrected"]
     tags = ("(7033,100C)", "(7033,100B)") if swapped else ("(7033,100B)", "(7033,100C)")
+    moves = "XY" * bool(dphi) + "Z" * bool(dz)  # a slanted anode moves the spot outwards with either
     fits = not mode or all(letter in mode.removeprefix("FFS").replace("NONE", "") for letter in moves)
     return shifts, [f"its focal spot moves by {dphi:.3g} radians ({tags[0]}), {dz:.3g} mm along the axis ({tags[1]}) "
                     f"and {drho:.3g} mm outwards, by the sizes of the numbers" + f", although its mode is {mode}" * (

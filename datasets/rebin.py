@@ -40,7 +40,6 @@ from utils.run_folder import claim, lock
 SINOGRAMS, GEOMETRY = "sinograms.npy", "geometry.json"
 READERS = 4   # threads that read files
 SAME = 0.05   # of a column: places of two states' columns that count as one
-FULL = 0.05   # mm: a scan that moves less is axial
 CONE = math.radians(1.2)  # of an axial scan: planes farther from the source's need another reconstruction
 
 
@@ -84,8 +83,6 @@ class Rebinned:
     the next plane are read meanwhile.
     """
 
-    dtype, ndim = np.dtype(np.float32), 3
-
     def __init__(self, scan: Scan, spacing: float = 1.0, views: int | None = None):
         """spacing: of the planes, mm. views: of a sinogram, those of a turn if None. Raises Refused."""
         self.scan, self.rays, views = scan, rays(scan), views or scan.turn
@@ -104,14 +101,12 @@ class Rebinned:
         self.windows = [self._window(z_s) for z_s in self.heights]
         pairs = zip(self.windows, self.windows[1:] + self.windows[-1:], strict=True)
         self.length = max(max(a[1], b[1]) - min(a[0], b[0]) for a, b in pairs)
-        self.axial = np.ptp(scan.z) <= FULL
-        self.ring = None
-        self.held = np.full(self.length, -1)
-        self.coming = []
-        feed = 0 if self.axial else np.ptp(scan.z) / (scan.phi[-1] - scan.phi[0]) * math.tau
+        self.ring = np.empty((self.length, scan.rows, scan.columns), np.float32)
+        self.held, self.coming = np.full(self.length, -1), []
+        feed = 0 if scan.axial else np.ptp(scan.z) / (scan.phi[-1] - scan.phi[0]) * math.tau
         pitch = feed / (scan.rows * scan.dv * scan.rho / scan.d0)
-        self.notes = (f"its pitch is {pitch:.2f}: where no turn sees a plane, the nearest row stands in",) * int(
-            pitch > 1.05)
+        self.notes = scan.notes if pitch <= 1.05 else (
+            *scan.notes, f"its pitch is {pitch:.2f}: where no turn sees a plane, the nearest row stands in")
         self.readers, self.workers = ThreadPoolExecutor(READERS), ThreadPoolExecutor(os.cpu_count() or 1)
 
     def __len__(self) -> int:
@@ -139,21 +134,20 @@ class Rebinned:
         self.ring[i % self.length] = self.scan.view(i)
 
     def _request(self, window: tuple[int, int]) -> None:
-        if self.ring is None:
-            self.ring = np.empty((self.length, self.scan.rows, self.scan.columns), np.float32)
+        """Starts to read the views of a window that the ring lacks."""
         for i in range(*window):
             if self.held[i % self.length] != i:
                 self.held[i % self.length] = i
-                self.coming.append((i, self.readers.submit(self._read, i)))
+                self.coming.append(self.readers.submit(self._read, i))
 
     def _arrived(self) -> None:
-        while self.coming:
-            i, future = self.coming.pop()
-            try:
-                future.result()
-            except BaseException:
-                self.held[:] = -1  # all are read anew
-                raise
+        """Waits for them."""
+        try:
+            while self.coming:
+                self.coming.pop().result()
+        except BaseException:
+            self.held[:] = -1  # all are read anew
+            raise
 
     def __getitem__(self, index: int) -> np.ndarray:
         """Line integrals (views, bins) float32 of one plane. Raises Refused where a view cannot be read."""
@@ -182,7 +176,7 @@ class Rebinned:
         scan, order, phi, first = self.scan, [], [], [0]
         for s in range(len(scan.states)):
             own = low + np.flatnonzero(scan.state[low:high] == s)
-            again = own[scan.phi[own] + math.tau > scan.phi[own[-1]] + 1e-6] if self.axial else own[:0]
+            again = own[scan.phi[own] + math.tau > scan.phi[own[-1]] + 1e-6] if scan.axial else own[:0]
             order += [own, again]
             phi += [scan.phi[own], scan.phi[again] + math.tau]
             first.append(first[-1] + len(own) + len(again))
@@ -198,19 +192,20 @@ def _heights(scan: Scan, spacing: float, half: float, lam: np.ndarray) -> np.nda
     """z of the planes that are seen from everywhere, from feet to head, on multiples of the spacing where it moves."""
     low, high = scan.z.min(), scan.z.max()
     angle = scan.phi[-1] - scan.phi[0]
-    if angle < math.tau - 2 * (scan.phi[1] - scan.phi[0]) - 1e-6:
-        raise Refused(f"turns by {math.degrees(angle):.0f} degrees; expected a whole turn of a scan of several rows, a "
-                      "spiral or a flying focal spot")
-    if high - low <= FULL:
+    steps = np.diff(scan.phi)
+    if not len(steps) or steps.min() <= 0 or angle < math.tau - 2 * steps[0] - 1e-6:
+        raise Refused(f"turns by {math.degrees(angle):.0f} degrees in {len(scan.phi)} views; expected a whole turn, "
+                      "one way, of a scan of several rows, a spiral or a flying focal spot")
+    if scan.axial:
         middle = scan.z.mean()
         reach = min(half, scan.rho * math.tan(CONE)) if scan.rows > 1 else 0.0
-        steps = np.arange(-int(reach / spacing), int(reach / spacing) + 1)
-        heights = middle + spacing * steps
+        most = int(reach / spacing)
+        heights = middle + spacing * np.arange(-most, most + 1)
     else:
         edge = (high - low) * (math.pi + np.abs(lam).max()) / angle
         low, high = low + edge + 0.01, high - edge - 0.01
         heights = spacing * np.arange(math.ceil(low / spacing), math.floor(high / spacing) + 1)
-        if low > high or not len(heights):
+        if not len(heights):
             raise Refused(f"has no plane that is seen from everywhere: it turns {angle / math.tau:.1f} times")
     return heights if scan.position.startswith("HF") else heights[::-1]
 
@@ -221,12 +216,13 @@ def read_projections(path: Path, position: str | None = None):
     A rotation of one row is as it was measured, all else `Rebinned`. Raises Refused.
     """
     scan = read_scan(path, position)
-    _say(path, scan.notes)
-    if scan.rows > 1 or np.ptp(scan.z) > FULL or scan.states.any():
-        lines = Rebinned(scan)
-        return lines, lines.geometry()
-    lines = np.stack([scan.view(i)[0] for i in range(len(scan.phi))])
-    return lines[None], scan.geometry() | {"angles": np.degrees(scan.phi).tolist()}
+    if scan.plain:
+        _say(path, scan.notes)
+        lines = np.stack([scan.view(i)[0] for i in range(len(scan.phi))])
+        return lines[None], scan.geometry() | {"angles": np.degrees(scan.phi).tolist()}
+    lines = Rebinned(scan)
+    _say(path, lines.notes)
+    return lines, lines.geometry()
 
 
 def _say(path, notes):
@@ -236,10 +232,10 @@ def _say(path, notes):
 
 def write_sinograms(lines: Rebinned, out: Path) -> None:
     """OUT/sinograms.npy, slice by slice; what a stopped run has done of it is kept."""
-    partial, header, size = out / ".sinograms.npy", BytesIO(), 4 * lines.shape[1] * lines.shape[2]
-    np.lib.format.write_array_header_1_0(header, {"descr": "<f4", "fortran_order": False, "shape": lines.shape})
     if (out / SINOGRAMS).is_file():
         return
+    partial, header, size = out / ".sinograms.npy", BytesIO(), 4 * lines.shape[1] * lines.shape[2]
+    np.lib.format.write_array_header_1_0(header, {"descr": "<f4", "fortran_order": False, "shape": lines.shape})
     with writing(partial), open(partial, "ab") as file:
         done = max(0, file.tell() - header.tell()) // size
         file.truncate(header.tell() + done * size if done else 0)
@@ -248,29 +244,32 @@ def write_sinograms(lines: Rebinned, out: Path) -> None:
         with Progress(total=len(lines), initial=done, desc="Rebinning", unit="slice") as bar:
             for i in range(done, len(lines)):
                 file.write(lines[i].astype("<f4").tobytes())
+                file.flush()
+                os.fsync(file.fileno())  # no length without its content, even after a power cut
                 bar.update()
-        file.flush()
-        os.fsync(file.fileno())
     os.replace(partial, out / SINOGRAMS)
 
 
 def write_truth(out: Path, size: int, patient: str, heights: list[float], spacing: float) -> None:
     """OUT/test_img: the FBP of all views by reconstruct.py, a file a slice, and their manifest."""
     script = Path(__file__).parents[1] / "reconstruct.py"
-    full, folder = out / "full-view", out / "test_img"
+    full, folder, rows = out / "full-view", out / "test_img", []
     done = subprocess.run([sys.executable, script, out, "--method", "fbp", "--format", "npy", "--size", str(size),
                            "--out", full])
     if done.returncode:
         raise Stopped("Stopped: the slices of all views were not made; the reason is above.", done.returncode)
     folder.mkdir(exist_ok=True)
-    rows = []
     for i, (hu, height) in enumerate(zip(np.load(full / "volume.npy", mmap_mode="r"), heights, strict=True)):
         path = folder / f"{patient}_{i:03d}.npy"
-        with atomic(path) as partial, open(partial, "wb") as file:
-            np.save(file, hu)
+        _save(path, hu)
         rows.append((path.name, patient, i, "full-view FBP", round(height, 4), spacing, "", SINOGRAMS,
                      hashlib.sha256(path.read_bytes()).hexdigest()))
     write_table(folder / "manifest.csv", COLUMNS, rows)
+
+
+def _save(path: Path, array: np.ndarray) -> None:
+    with atomic(path) as partial, open(partial, "wb") as file:
+        np.save(file, array)
 
 
 def arguments() -> Parser:
@@ -304,7 +303,7 @@ def main(argv=None) -> int:
         lines = Rebinned(scan, args.spacing, args.views)
     except Refused as error:
         raise InputError(f"{args.scan} {error}.") from error
-    _say(args.scan, scan.notes + lines.notes)
+    _say(args.scan, lines.notes)
     geometry = lines.geometry() | {"size": args.size} | ({"field_of_view_mm": args.field} if args.field else {})
     if "field_of_view_mm" not in geometry:
         raise InputError(f"{args.scan} does not say how wide the image is (DataCollectionDiameter); say it by --field.")
@@ -316,8 +315,7 @@ def main(argv=None) -> int:
     with atomic(args.out / GEOMETRY) as partial:
         partial.write_text(json.dumps(geometry, indent=1), encoding="utf-8")
     if scan.photons is not None:
-        with atomic(args.out / "photons.npy") as partial, open(partial, "wb") as file:
-            np.save(file, scan.photons)
+        _save(args.out / "photons.npy", scan.photons)
     write_sinograms(lines, args.out)
     if args.truth:
         heights = geometry["first_slice_mm"] + args.spacing * np.arange(len(lines))
