@@ -7,7 +7,7 @@ import math
 import re
 import struct
 import zlib
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
@@ -49,9 +49,9 @@ class Stack:
         _limit(self.dtype.itemsize * math.prod(self.shape))
         return np.asarray(self.array[()]).transpose(self.order)
 
-    def ordered(self, *order: int) -> "Stack":
+    def ordered(self, *axes: int) -> "Stack":
         """With its axes taken in that order."""
-        return replace(self, order=tuple(self.order[axis] for axis in order))
+        return Stack(self.array, tuple(self.order[axis] for axis in axes))
 
 
 @lru_cache(maxsize=1)

@@ -99,6 +99,11 @@ class Scan:
         return told | {key: value for key, value in extra.items() if value}
 
     @property
+    def head_first(self) -> bool:
+        """Whether z grows towards the head."""
+        return self.position.startswith("HF")
+
+    @property
     def axial(self) -> bool:
         """Whether it stays in one plane."""
         return np.ptp(self.z) <= AXIAL
@@ -261,7 +266,7 @@ def _scan(views: list[dict], position: str | None, notes: list[str]) -> Scan:
     shifts, moves = spot_shifts(*(np.array([view[f"shift_{i}"] or 0.0 for view in views]) for i in (1, 2, 3)),
                                 first["mode"] or "")
     states, state = _states(shifts)
-    photons = [view["photons"] for view in views if np.size(view["photons"]) == columns > 1]
+    photons = [one for view in views if (one := view["photons"]) is not None and len(one) == columns]
     scan = Scan(
         files=[view["file"] for view in views], phi=phi, z=np.array([view["z"] or 0.0 for view in views]), state=state,
         states=states, rho=first["source"], d0=first["span"], columns=columns, rows=rows, du=first["pitch"],
@@ -309,6 +314,8 @@ def _check_same(views: list[dict]) -> None:
     for name in SAME:
         if any(not np.array_equal(view[name], first[name]) for view in views):
             raise Refused(f"holds views of different scans: the tag {pydicom.tag.Tag(FIELDS[name])} changes")
+    if low := [name for name in ("pitch", "rows", "columns", "source", "span") if first[name] <= 0]:
+        raise Refused(f"has {first[low[0]]:g} in the tag {pydicom.tag.Tag(FIELDS[low[0]])}; expected more than 0")
     if any(view["log"] == "NO" for view in views):
         raise Refused("holds intensities (LogFlag NO); expected line integrals, -ln(I/I0)")
     if first["shape"] not in SHAPES:

@@ -22,7 +22,7 @@ import math
 import os
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from io import BytesIO
 from pathlib import Path
 
@@ -61,19 +61,18 @@ def rays(scan: Scan) -> dict[str, np.ndarray]:
             "m": -(source * way).sum(0) / L, "L": L}
 
 
-def merged(gamma: np.ndarray, bins: np.ndarray) -> dict[str, np.ndarray]:
-    """Places (radians) of all states' columns on the ideal fan as one row of nodes, those at nearly one place as one.
+def merged(gamma: np.ndarray, bins: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """All states' columns (states, columns) on the ideal fan as one row of nodes, those at nearly one place as one.
 
-    node (states, columns): which one each column adds to; place: of the nodes; cell: of each bin the node before it.
+    gamma and bins in radians. Gives which node each column adds to, the nodes' places, and each bin's node before it.
     """
     order = np.argsort(gamma, axis=None)
-    sorted_ = gamma.ravel()[order]
-    number = np.cumsum(np.diff(sorted_, prepend=sorted_[0]) > SAME * np.median(np.abs(np.diff(gamma))))
+    ordered = gamma.ravel()[order]
+    number = np.cumsum(np.diff(ordered, prepend=ordered[0]) > SAME * np.median(np.abs(np.diff(gamma))))
     node = np.empty(gamma.size, int)
     node[order] = number
-    place = np.bincount(number, sorted_) / np.bincount(number)
-    cell = np.clip(np.searchsorted(place, bins, "right") - 1, 0, len(place) - 2)
-    return {"node": node.reshape(gamma.shape), "place": place, "cell": cell}
+    place = np.bincount(number, ordered) / np.bincount(number)
+    return node.reshape(gamma.shape), place, np.clip(np.searchsorted(place, bins, "right") - 1, 0, len(place) - 2)
 
 
 class Rebinned:
@@ -91,11 +90,10 @@ class Rebinned:
         self.half = scan.rows * scan.dv * part / 2
         self.middle = dz[:, None] * (1 - part) + (scan.cy - (scan.rows + 1) / 2) * scan.dv * part
         self.lams, self.bins = math.tau * np.arange(views) / views, scan.cells()[0]
-        ways = [merged(gamma, self.bins) for gamma in np.vsplit(self.rays["gamma"], 2)]
-        places = np.array([len(way["place"]) for way in ways])
-        self.nodes = (np.vstack([way["node"] for way in ways]),
-                      np.stack([np.pad(way["place"], (0, places.max() - len(way["place"]))) for way in ways]), places,
-                      np.stack([way["cell"] for way in ways]))
+        node, place, cell = zip(*(merged(gamma, self.bins) for gamma in np.vsplit(self.rays["gamma"], 2)), strict=True)
+        places = np.array([len(one) for one in place])
+        place = [np.pad(one, (0, places.max() - len(one))) for one in place]
+        self.nodes = np.vstack(node), np.stack(place), places, np.stack(cell)
         self.heights = _heights(scan, spacing, self.half.min(), self.rays["lam"][:len(dz)])
         self.spacing, self.shape = spacing, (len(self.heights), views, scan.columns)
         self.windows = [self._window(z_s) for z_s in self.heights]
@@ -114,12 +112,10 @@ class Rebinned:
 
     def geometry(self) -> dict:
         """The geometry file's fields, and the height of the first plane."""
+        first = float(self.heights[0])
         return self.scan.geometry() | {
             "angles": {"start": 0.0, "step": 360 / self.shape[1], "count": self.shape[1]},
-            "slice_spacing_mm": self.spacing, "first_slice_mm": self._towards_head(self.heights[0])}
-
-    def _towards_head(self, z):
-        return float(z if self.scan.position.startswith("HF") else -z)
+            "slice_spacing_mm": self.spacing, "first_slice_mm": first if self.scan.head_first else -first}
 
     def _window(self, z_s: float) -> tuple[int, int]:
         """The views of which a plane may need rays: those that see it, and half a turn to each side."""
@@ -132,32 +128,23 @@ class Rebinned:
 
     def _read(self, i: int) -> None:
         self.ring[i % self.length] = self.scan.view(i)
+        self.held[i % self.length] = i
 
-    def _request(self, window: tuple[int, int]) -> None:
-        """Starts to read the views of a window that the ring lacks."""
-        for i in range(*window):
-            if self.held[i % self.length] != i:
-                self.held[i % self.length] = i
-                self.coming.append(self.readers.submit(self._read, i))
-
-    def _arrived(self) -> None:
-        """Waits for them."""
-        try:
-            while self.coming:
-                self.coming.pop().result()
-        except BaseException:
-            self.held[:] = -1  # all are read anew
-            raise
+    def _request(self, index: int) -> None:
+        """Starts to read the views of a plane that the ring lacks."""
+        self.coming = [self.readers.submit(self._read, i) for i in range(*self.windows[index])
+                       if self.held[i % self.length] != i]
 
     def __getitem__(self, index: int) -> np.ndarray:
         """Line integrals (views, bins) float32 of one plane. Raises Refused where a view cannot be read."""
         from datasets.rays import gather, project  # compiles, which takes seconds
 
-        self._arrived()
-        self._request(self.windows[index])
-        self._arrived()
+        wait(self.coming)  # what was read ahead; what failed is this plane's only if it is asked for again
+        self._request(index)
+        for future in self.coming:
+            future.result()
         if 0 <= index < len(self) - 1:
-            self._request(self.windows[index + 1])
+            self._request(index + 1)
         scan, (low, high), z_s = self.scan, self.windows[index], float(self.heights[index])
         order, phi, first = self._by_state(low, high)
         state, z, slots = scan.state[order], scan.z[order], order % self.length
@@ -207,7 +194,7 @@ def _heights(scan: Scan, spacing: float, half: float, lam: np.ndarray) -> np.nda
         heights = spacing * np.arange(math.ceil(low / spacing), math.floor(high / spacing) + 1)
         if not len(heights):
             raise Refused(f"has no plane that is seen from everywhere: it turns {angle / math.tau:.1f} times")
-    return heights if scan.position.startswith("HF") else heights[::-1]
+    return heights if scan.head_first else heights[::-1]
 
 
 def read_projections(path: Path, position: str | None = None):

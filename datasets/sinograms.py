@@ -19,6 +19,7 @@ from datasets.series import Refused, refuse_on_error
 EXCHANGE = "exchange/data"  # the layout of many beamlines, with data_white, data_dark and theta beside it
 AXES = (["bins", "views"], ["bins", "slices", "views"], ["bins", "rows", "views"])
 LARGEST = 2**28  # values of one sinogram
+MOST_GEOMETRY = 2**22  # characters
 
 
 def is_measured(path: Path) -> bool:
@@ -36,10 +37,7 @@ def read_sinograms(path: Path, dataset: str | None = None, *, axes: str | None =
     integrals. position: how the patient lay, where DICOM-CT-PD files do not say. Raises Refused.
     """
     if (path / GEOMETRY).is_file():
-        with refuse_on_error(f"lacks {SINOGRAMS} or a sound {GEOMETRY}: python -m datasets.rebin was stopped, and the "
-                             "same command goes on"):
-            return (np.load(path / SINOGRAMS, mmap_mode="r", allow_pickle=False),
-                    json.loads((path / GEOMETRY).read_text(encoding="utf-8")))
+        return _rebinned(path)
     if is_projections(path):
         return read_projections(path, position)
     found = read_arrays(path)
@@ -47,12 +45,13 @@ def read_sinograms(path: Path, dataset: str | None = None, *, axes: str | None =
         name for name, item in found.items() if not name or len(item.shape) < 4 and sum(n > 1 for n in item.shape) > 1]
     if len(names) != 1 or names[0] not in found:
         raise Refused(f"holds the arrays {', '.join(sorted(found)) or '(none)'}; name the sinogram by --dataset")
-    array, (name,), told = found[names[0]], names, {}
+    name, told = names[0], {}
+    array = found[name]
     if len(array.shape) not in (2, 3) or array.dtype.kind not in "iuf" or 0 in array.shape:
         raise Refused(f"holds {array.dtype} of shape {array.shape}; expected line integrals, (views, bins) or "
                       "(N, views, bins)")
     if name == EXCHANGE:  # what lies beside it, unless something else is named
-        angles, flat, dark = (given or (key in found and key) or None for given, key in (
+        angles, flat, dark = (given or (key if key in found else None) for given, key in (
             (angles, "exchange/theta"), (flat, "exchange/data_white"), (dark, "exchange/data_dark")))
     axes = axes.split(",") if axes else _usual_axes(array, name)
     if sorted(axes) not in AXES or len(axes) != len(array.shape):
@@ -71,6 +70,18 @@ def read_sinograms(path: Path, dataset: str | None = None, *, axes: str | None =
     if angles:
         told["angles"] = np.ravel(_beside(found, angles)).astype(float).tolist()
     return lines, {"detector_count": lines.shape[2]} | told
+
+
+@refuse_on_error(f"lacks {SINOGRAMS} or a sound {GEOMETRY}: python -m datasets.rebin was stopped, and the same command "
+                 "goes on")
+def _rebinned(path: Path) -> tuple[np.ndarray, dict]:
+    """What datasets.rebin wrote."""
+    lines = np.lib.format.open_memmap(path / SINOGRAMS, mode="r")
+    with open(path / GEOMETRY, encoding="utf-8") as file:
+        told = json.loads(file.read(MOST_GEOMETRY))
+    if lines.ndim != 3 or lines.dtype != np.float32 or not isinstance(told, dict):
+        raise ValueError
+    return lines, told
 
 
 def _usual_axes(array, name: str) -> list[str]:

@@ -128,6 +128,26 @@ def test_planes_come_in_any_order(monkeypatch):
     assert lines.length < 1.9 * scan.turn, "only views near two planes are in memory"
 
 
+def test_a_view_that_cannot_be_read_costs_the_planes_that_need_it_alone(monkeypatch):
+    scan = helix(turns=6, rows=8, columns=48, feed=12)
+    views = measure(scan)
+    lines = Rebinned(scan, 6.0)
+    middle = len(lines) // 2
+    lost = lines.windows[middle + 1][1] - 1
+
+    def view(scan, i):
+        if i == lost:
+            raise Refused("is lost")
+        return views[i]
+
+    monkeypatch.setattr(Scan, "view", view)
+    assert not lines.windows[middle][0] <= lost < lines.windows[middle][1] and lost >= lines.windows[0][1]
+    want = lines[middle], lines[0]  # the view was read ahead in vain
+    with pytest.raises(Refused, match="is lost"):
+        lines[middle + 1]
+    np.testing.assert_array_equal([lines[middle], lines[0]], want)
+
+
 def test_an_axial_scan_of_more_than_a_turn(monkeypatch):
     """1.1 turns of one row, with a flying focal spot: the fan beam of its plane."""
     scan = helix(turns=1.1, feed=0.0, rows=1, states=SPOTS["angle"], columns=96)
@@ -178,7 +198,7 @@ def small():
     return scan, measure(scan)
 
 
-@pytest.mark.parametrize("swap, frames", [(False, 1), (True, 1), (False, 10)])
+@pytest.mark.parametrize("swap, frames", [(False, 1), (True, 1), (False, 2), (False, 10)])
 def test_files_say_the_scan(tmp_path, small, swap, frames):
     """Either edition's order of the shifts, one file a view or several frames in one."""
     scan, views = small
@@ -201,12 +221,45 @@ def test_files_say_the_scan(tmp_path, small, swap, frames):
 @pytest.mark.parametrize("skip, tags, text", [
     (("position",), {}, "--position"), ((), {0x70391009: ("CS", "NO")}, "LogFlag"),
     ((0x70311031,), {}, "7031,1031"), ((), {0x7033100B: ("FL", 0.5), 0x7033100C: ("FL", 0.7)}, "0.01 radians"),
-    ((), {0x7029100B: ("CS", "SPHERICAL")}, "neither")])
+    ((), {0x7029100B: ("CS", "SPHERICAL")}, "neither"), ((0x70311002,), {}, "lacks the tag .7031,1002"),
+    ((), {0x70291002: ("FL", 0.0)}, "expected more than 0")])
 def test_what_a_scan_lacks_is_said(tmp_path, small, skip, tags, text):
     scan, views = small
     write(tmp_path / "scan", scan, views[:8], skip=skip, tags=tags)
     with pytest.raises(Refused, match=text):
         read_scan(tmp_path / "scan")
+
+
+def change_first(folder, syntax=None, **fields):
+    path = sorted(folder.iterdir())[0]
+    file = pydicom.dcmread(path)
+    file.file_meta.TransferSyntaxUID = syntax or file.file_meta.TransferSyntaxUID
+    file.update(fields)
+    file.save_as(path)
+
+
+@pytest.mark.parametrize("change, text", [
+    ({"NumberOfFrames": 10**9}, "is cut off"), ({"Rows": 97}, "97 x 8 pixels for 96 detector columns"),
+    ({"syntax": pydicom.uid.DeflatedExplicitVRLittleEndian}, "is deflated"), ({"InstanceNumber": None}, "lacks"),
+    ({"syntax": pydicom.uid.RLELossless, "PixelData": pydicom.encaps.encapsulate([bytes(9)])}, "is compressed")])
+def test_a_header_that_claims_too_much_is_refused_at_once(tmp_path, small, change, text):
+    scan, views = small
+    folder = write(tmp_path / "scan", scan, views[:8])
+    change_first(folder, **change)
+    with pytest.raises(Refused, match=f"00000.dcm .*{text}"):
+        read_scan(folder)
+
+
+def test_what_a_rebinned_scan_cannot_be(tmp_path, small):
+    """One view, no turn, back and forth, a place of the focal spot that does not come back."""
+    scan, views = small
+    write(tmp_path / "scan", replace(scan, state=np.arange(len(views)) // 20), views[:40])
+    with pytest.raises(Refused, match="2 places of the focal spot.*that take turns"):
+        read_scan(tmp_path / "scan")
+    for phi in (scan.phi[:1], scan.phi[:9], np.r_[scan.phi[:70], scan.phi[69]]):
+        n = len(phi)
+        with pytest.raises(Refused, match="expected a whole turn"):
+            Rebinned(replace(scan, phi=phi, z=scan.z[:n], state=scan.state[:n], files=scan.files[:n]))
 
 
 def test_missing_views_and_several_spectra(tmp_path, small):
@@ -235,6 +288,7 @@ def test_the_shifts_of_the_spot():
                                 (tiny / 100, none, (none, none))):
         shifts, _ = spot_shifts(first, second, none, "")
         np.testing.assert_array_equal(shifts.T, [*want, none])
+    assert "although" not in spot_shifts(none, mm, 5 * mm, "FFSZ")[1][0], "a slanted anode"
     assert "although its mode is FFSZ" in spot_shifts(tiny, none, none, "FFSZ")[1][0]
     assert spot_shifts(none, none, none, "FFSNONE")[1] == []
     assert "none is corrected" in spot_shifts(none, none, none, "FFSXY")[1][0]
