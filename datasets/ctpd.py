@@ -149,9 +149,10 @@ def _header(path):
 def _items(stored, frame):
     """Where the fields of a frame may stand, innermost first: its functional groups, the shared ones, the file."""
     own = stored.get("PerFrameFunctionalGroupsSequence", [])[frame:frame + 1]
-    groups = [*own, *stored.get("SharedFunctionalGroupsSequence", [])]
-    return [*(item for group in groups for item in (group, *(
-        one for element in group if element.VR == "SQ" for one in element.value))), stored]
+    items = []
+    for group in [*own, *stored.get("SharedFunctionalGroupsSequence", [])]:
+        items += [group, *(one for element in group if element.VR == "SQ" for one in element.value)]
+    return [*items, stored]
 
 
 def _value(items, name: str, frame: int = 0, frames: int = 1):
