@@ -113,11 +113,11 @@ class Scan:
         """Whether it is a fan beam as it was measured: one row, and neither table nor focal spot moves."""
         return self.rows == 1 and self.axial and not self.states.any()
 
-    @refuse_on_error("cannot be read as a DICOM-CT-PD view")
     def view(self, i: int) -> np.ndarray:
         """Line integrals (rows, columns) float32. Raises Refused."""
         path, frame, slope, intercept = self.files[i]
-        return pydicom.pixels.pixel_array(path, index=frame).T * np.float32(slope) + np.float32(intercept)
+        with refuse_on_error(f"has a view that cannot be read: {os.path.basename(path)}"):
+            return pydicom.pixels.pixel_array(path, index=frame).T * np.float32(slope) + np.float32(intercept)
 
 
 def is_projections(path: Path) -> bool:

@@ -277,23 +277,14 @@ def arguments() -> Parser:
     return parser
 
 
-@script
-def main(argv=None) -> int:
-    parser = arguments()
-    args = parser.parse_args(argv)
-    parser.at_least(args, {"spacing": 0.01, "views": 8, "field": 1, "size": 8})
-    if not args.scan.exists():
-        parser.error(f"{args.scan} does not exist")
-    lock(args.out)
-    try:
-        scan = read_scan(args.scan, args.position, args.spectrum)
-        lines = Rebinned(scan, args.spacing, args.views)
-    except Refused as error:
-        raise InputError(f"{args.scan} {error}.") from error
+def rebin(args) -> None:
+    """SCAN to OUT, as `arguments` says. Raises Refused, a sentence on the scan."""
+    scan = read_scan(args.scan, args.position, args.spectrum)
+    lines = Rebinned(scan, args.spacing, args.views)
     _say(args.scan, lines.notes)
     geometry = lines.geometry() | {"size": args.size} | ({"field_of_view_mm": args.field} if args.field else {})
     if "field_of_view_mm" not in geometry:
-        raise InputError(f"{args.scan} does not say how wide the image is (DataCollectionDiameter); say it by --field.")
+        raise Refused("does not say how wide the image is (DataCollectionDiameter); say it by --field")
     source = hash16("\n".join(f"{Path(path).name} {frame}" for path, frame, *_ in scan.files).encode(
         errors="backslashreplace"))
     claim(args.out, {"source": source, "geometry": geometry}, "rebinned scan")
@@ -308,6 +299,20 @@ def main(argv=None) -> int:
         heights = geometry["first_slice_mm"] + args.spacing * np.arange(len(lines))
         write_truth(args.out, args.size, scan.patient, heights.tolist(), geometry["field_of_view_mm"] / args.size)
     print(f"Written: {args.out / SINOGRAMS} and {GEOMETRY}" + ", and test_img" * args.truth + ".")
+
+
+@script
+def main(argv=None) -> int:
+    parser = arguments()
+    args = parser.parse_args(argv)
+    parser.at_least(args, {"spacing": 0.01, "views": 8, "field": 1, "size": 8})
+    if not args.scan.exists():
+        parser.error(f"{args.scan} does not exist")
+    lock(args.out)
+    try:
+        rebin(args)
+    except Refused as error:
+        raise InputError(f"{args.scan} {error}.") from error
     return 0
 
 

@@ -380,6 +380,12 @@ def test_a_stopped_run_goes_on(tmp_path, patient, monkeypatch, capsys):
     assert stopped.value.code == 130
     with open(tmp_path / "half" / ".sinograms.npy", "ab") as file:
         file.write(b"part of a slice")
+    with monkeypatch.context() as damaged:
+        damaged.setattr(pydicom.pixels, "pixel_array", lambda *given, **options: 1 / 0)
+        damaged.setattr(Rebinned, "__getitem__", item)
+        with pytest.raises(SystemExit):
+            main([*argv, str(tmp_path / "half")])
+    assert "HFS has a view that cannot be read: 00" in capsys.readouterr().err
     monkeypatch.setattr(Rebinned, "__getitem__", lambda lines, i: made.append(i) or item(lines, i))
     assert main([*argv, str(tmp_path / "half")]) == 0
     whole, half = (np.load(tmp_path / name / "sinograms.npy") for name in ("whole", "half"))
