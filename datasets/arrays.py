@@ -116,7 +116,6 @@ def _hdf5(path) -> dict:
                 and item.attrs.get("MATLAB_class", b"") != b"char" and not name.startswith("#"):
             if item.external or item.is_virtual:
                 raise Refused(f"keeps {name} in other files; copy it into one")
-            _limit(item.dtype.itemsize * math.prod(item.chunks or ()))
             found[name] = item
 
     h5py.File(path).visititems(visit)

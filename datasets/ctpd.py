@@ -126,7 +126,7 @@ def is_projections(path: Path) -> bool:
 
 
 def _is_view(path):
-    with suppress(Exception):  # what is damaged is none
+    with suppress(Refused), refuse_on_error("is damaged"):
         return _value(_items(_header(path), 0), "columns") is not None
 
 

@@ -4,6 +4,7 @@ Sinograms are analytic line integrals of ellipses (tests/test_scanner.py).
 """
 
 import json
+import os
 import re
 import struct
 import zlib
@@ -112,8 +113,6 @@ def test_files_that_are_refused(tmp_path):
         file["x"] = h5py.ExternalLink(str(tmp_path / "virtual.h5"), "x")
     with h5py.File(tmp_path / "huge.h5", "w") as file:
         file.create_dataset("x", (2**20, 2**20), "f4", chunks=(64, 64))
-    with h5py.File(tmp_path / "chunk.h5", "w") as file:
-        file.create_dataset("x", (2**17, 2**17), "u1", chunks=(2**16, 2**15))
     savemat(tmp_path / "bomb.mat", {"x": VOLUME}, do_compression=True)
     content = bytearray((tmp_path / "bomb.mat").read_bytes()[:128])
     inside = zlib.compress(struct.pack("<II", 14, 2**32 - 8) + bytes(100))
@@ -123,7 +122,16 @@ def test_files_that_are_refused(tmp_path):
     Image.fromarray(VOLUME[0]).save(tmp_path / "sizes.tif", save_all=True,
                                     append_images=[Image.fromarray(VOLUME[0, :2])])
     (tmp_path / "empty").mkdir()
-    for name, text in {"external.h5": "in other files", "virtual.h5": "in other files", "link.h5": r"arrays \(none\)",
+    np.savez(tmp_path / "a.npz", VOLUME)
+    (tmp_path / "a.npz").rename(tmp_path / "archive.npy")
+    os.mkfifo(tmp_path / "pipe.tif")  # opening it would wait for ever
+    for name, told, lines in (("list", "[]", VOLUME), ("plane", "{}", VOLUME[0])):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "geometry.json").write_text(told)
+        np.save(tmp_path / name / "sinograms.npy", lines)
+    for name, text in {"archive.npy": "no whole .npy array", "pipe.tif": "no regular file",
+                       "list": "or a sound geometry.json", "plane": "lacks sinograms.npy or",
+                       "external.h5": "in other files", "virtual.h5": "in other files", "link.h5": r"arrays \(none\)",
                        "huge.h5": "GiB|at most 2", "bomb.mat": "12 GiB that must be read at once",
                        "old.mat": "no MATLAB file", "colour.tif": "in colours", "sizes.tif": "different sizes",
                        "empty": "neither DICOM-CT-PD"}.items():
