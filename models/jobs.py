@@ -124,6 +124,8 @@ def measured(args) -> Job:
     scanner, chosen = whole.thinned(len(whole.angles) if args.views is None else args.views)
     size = args.size or scanner.size
     fine, scanner = scanner, merged_bins(scanner, row[chosen], size)[0]
+    if photons:  # a merged bin counts those of all its bins
+        photons *= scanner.detector_pitch_mm / fine.detector_pitch_mm
     residual, said = named(names[middle], alarms.check_scan, row, whole, size, device)
     located, spacing = originals_of(args, len(rows)), scanner.field_of_view_mm / size
 
