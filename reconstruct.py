@@ -151,18 +151,17 @@ def write_output(args, job: Job, work: np.ndarray, done: np.ndarray, targets: li
 
     A volume that lacks slices is not written: the problem is given back.
     """
-    if args.format in VOLUMES and targets[0].is_file():  # only the preview was missing
-        return []
-    if args.format in VOLUMES and not done.all():
-        return [(targets[0].name, "refused", f"is not written, as {(~done).sum()} of {len(done)} slices are missing: "
-                 "put the input right and give --out a new folder, or choose --format dicom, which leaves them out")]
-    if args.format in VOLUMES:
+    if args.format not in VOLUMES:
+        for i, target in enumerate(Progress(targets, desc="Writing")):
+            if done[i] and not target.is_file():
+                write_volume.write_dicom(target, header, smoothed(work, done, i, args.median_z), job.places[i], i)
+    elif not targets[0].is_file():  # else only the preview was missing
+        if not done.all():
+            return [(targets[0].name, "refused", f"is not written, as {(~done).sum()} of {len(done)} slices are "
+                     "missing: put the input right and give --out a new folder, or choose --format dicom, which leaves "
+                     "them out")]
         final = (smoothed(work, done, i, args.median_z) for i in Progress(range(len(work)), desc="Writing"))
         VOLUMES[args.format][1](targets[0], final, job.places, job.size)
-        return []
-    for i, target in enumerate(Progress(targets, desc="Writing")):
-        if done[i] and not target.is_file():
-            write_volume.write_dicom(target, header, smoothed(work, done, i, args.median_z), job.places[i], i)
     return []
 
 
@@ -206,8 +205,8 @@ def make_reconstructor(args, job: Job):
         print("The network was trained on the views of one simulated scanner; how well it does on this one is unknown: "
               "compare with --method fbp.")
     if job.scanner and not job.photons and reconstructor.network.config.told_photons:
-        print("The network takes a measurement without noise for granted where it knows no photons: give these in the "
-              "geometry.")
+        print("The photons of this scan are unknown, so the network takes it for one without noise: give photons in "
+              "the geometry.")
     return reconstructor
 
 

@@ -29,8 +29,9 @@ def read_in_mm(path) -> dict:
     if unit not in ("mm", "cm"):
         raise InputError(f"The geometry's length_unit is {unit!r}; expected mm or cm")
     found = {f"{name}_mm" if f"{name}_mm" in LENGTHS else name: value for name, value in found.items()}
-    return {name: 10 * value if unit == "cm" and name in LENGTHS and _number(value) else value
-            for name, value in found.items()}
+    if unit == "cm":
+        found |= {name: 10 * found[name] for name in LENGTHS & set(found) if _number(found[name])}
+    return found
 
 
 def in_degrees(found: dict) -> dict:

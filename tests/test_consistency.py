@@ -119,11 +119,6 @@ def test_noisy_measurements_are_fitted_no_closer_than_their_noise():
         torch.testing.assert_close(known[i], fit(left)[i])
 
 
-def test_what_the_measurement_confirms_stays(truth):
-    y = DEGRADE.project(truth, [18] * 3)
-    torch.testing.assert_close(data_consistency(DEGRADE, y, 8)(truth, [0, 1, 2]), truth)
-
-
 def test_consistent_samplers_end_at_the_measurement_and_drop_the_shift(truth):
     y = DEGRADE.project(truth, 36)
     x_T = DEGRADE.fbp(y, 32)
