@@ -29,14 +29,17 @@ def _difference_projector(scanner, size: int, n_t: int, n_s: int) -> BaseRadon:
 
 
 @lru_cache(maxsize=512)
-def _weights(scanner, n_views: int, device: torch.device) -> torch.Tensor | None:
-    """What FBP multiplies views by, (n,), or over pi/(2 n) rays, (n, bins); None: pi/(2 n). On a device: CUDA graphs
-    take no copy from the host."""
+def _shares(scanner, n_views: int, device: torch.device) -> torch.Tensor | None:
+    """`Scanner.shares` on a device: CUDA graphs take no copy from the host."""
     shares = scanner.shares(n_views)
-    if shares is None:
-        return None
-    weights = torch.from_numpy(shares).to(device)
-    return weights * (math.pi / 2 / n_views) if weights.ndim == 1 else weights
+    return None if shares is None else torch.from_numpy(shares).to(device)
+
+
+@lru_cache(maxsize=512)
+def _weights(scanner, n_views: int, device: torch.device) -> torch.Tensor | None:
+    """What FBP multiplies views by, (n,), or over pi/(2 n) rays, (n, bins); None: pi/(2 n)."""
+    shares = _shares(scanner, n_views, device)
+    return shares * (math.pi / 2 / n_views) if shares is not None and shares.ndim == 1 else shares
 
 
 @lru_cache(maxsize=256)
@@ -129,12 +132,11 @@ class Degradation:
 
     def fbp(self, y: torch.Tensor, size: int) -> torch.Tensor:
         """FBP of sinograms (B, 1, n, bins): (B, 1, size, size). D(x, n) = fbp(project(x, n))."""
-        scanner, n = self.scanner, y.shape[-2]
-        operator, shares = self.operator(size, n, padded=True), scanner.shares(n)
-        if any(padding := scanner.resampled(n).padding):
+        n = y.shape[-2]
+        operator, shares = self.operator(size, n, padded=True), _shares(self.scanner, n, y.device)
+        if any(padding := self.scanner.resampled(n).padding):
             y = torch.nn.functional.pad(y, padding)
         if shares is not None:
-            shares = torch.tensor(shares, device=y.device, dtype=y.dtype)
             y = y * (shares if shares.ndim == 2 else shares[:, None])
         return operator.backprojection(operator.filter_sinogram(y))
 
