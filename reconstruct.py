@@ -284,11 +284,10 @@ def main(argv=None) -> int:
                           once={"series_uid": generate_uid(), **job.checks}) for method, out in outs.items()}
     if job.checks:
         print(f"The best image leaves {job.checks['residual']:.1%} of the measurement unexplained; 1% is usual.")
-    problems, images = list(job.problems), {}
+    problems, images, position = list(job.problems), {}, getattr(job.scanner, "patient_position", "HFS")
     for method, out in outs.items():
         header, odd = write_volume.series_header(about(args, job, runs[method]), runs[method]["series_uid"], original,
-                                                  job.patient, args.deidentify, getattr(
-                                                      job.scanner, "patient_position", "HFS"))
+                                                 job.patient, args.deidentify, position)
         name = "the original" if args.original else job.names[0]
         problems += [(name, "warning", text) for text in odd if args.format == "dicom"]
         found, shown, image = reconstruct(args, job, reconstructor, runs[method], out, header)

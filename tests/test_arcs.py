@@ -126,6 +126,8 @@ def test_limited_angles_are_reconstructed_and_said():
     lines, r = line_integrals(scanner), Reconstructor.from_checkpoint("tiny", scanner=scanner)
     y, want = r.sinograms(lines), phantom(128)
     assert psnr(r.run("spdps", y)[0][0, 0], want) > psnr(r.run("fbp", y)[0][0, 0], want) + 5
+    small, = scanner_warnings(make_scanner(FAN | {"detector_count": 200}))
+    assert "sees the inner 43% of its field of view alone" in small
     half, = scanner_warnings(make_scanner(HALF_PARALLEL | {"angles": {"start": 0, "step": 1, "count": 180}}))
     assert "360 are needed" in half
 

@@ -184,8 +184,6 @@ def test_line_integrals_of_a_real_scanner_become_an_image_by_five_lines():
     assert psnr(x0_hat[0, 0], phantom(128)) > 35
     r = Reconstructor(scanner=replace(scanner, size=64))
     assert r.run("fbp", r.sinograms(lines))[0].shape == (1, 1, 64, 64)
-    with pytest.raises(InputError, match="720 views of 499 bins, the geometry 720 of 500"):
-        r.sinograms(lines[:, :-1])
 
 
 def write_projections(folder, lines, scanner, syntax=ExplicitVRLittleEndian, skip=(), **change):
