@@ -151,28 +151,27 @@ def write_output(args, job: Job, work: np.ndarray, done: np.ndarray, targets: li
 
     A volume that lacks slices is not written: the problem is given back.
     """
-    if args.format in VOLUMES and targets[0].is_file():  # only the preview was missing
-        return []
-    if args.format in VOLUMES and not done.all():
-        return [(targets[0].name, "refused", f"is not written, as {(~done).sum()} of {len(done)} slices are missing: "
-                 "put the input right and give --out a new folder, or choose --format dicom, which leaves them out")]
-    if args.format in VOLUMES:
+    if args.format not in VOLUMES:
+        for i, target in enumerate(Progress(targets, desc="Writing")):
+            if done[i] and not target.is_file():
+                write_volume.write_dicom(target, header, smoothed(work, done, i, args.median_z), job.places[i], i)
+    elif not targets[0].is_file():  # else only the preview was missing
+        if not done.all():
+            return [(targets[0].name, "refused", f"is not written, as {(~done).sum()} of {len(done)} slices are "
+                     "missing: put the input right and give --out a new folder, or choose --format dicom, which leaves "
+                     "them out")]
         final = (smoothed(work, done, i, args.median_z) for i in Progress(range(len(work)), desc="Writing"))
         VOLUMES[args.format][1](targets[0], final, job.places, job.size)
-        return []
-    for i, target in enumerate(Progress(targets, desc="Writing")):
-        if done[i] and not target.is_file():
-            write_volume.write_dicom(target, header, smoothed(work, done, i, args.median_z), job.places[i], i)
     return []
 
 
 def describe(args, method: str, job: Job, reconstructor) -> dict:
     """What run.json says: everything that the images depend on."""
-    network = reconstructor.network
-    official = {"protocol": reconstructor.protocol} if reconstructor.protocol != "cvg" else {}
+    network = method not in BASELINES
+    official = {"protocol": reconstructor.protocol} if network and reconstructor.protocol != "cvg" else {}
     return {"source": job.source, "original": job.original and fingerprint([(job.original, "")]),
             "method": method, "views": job.views, "size": job.size,
-            "weights": hash16(reconstructor.path) if network else None, "dc": reconstructor.dc,
+            "weights": hash16(reconstructor.path) if network else None, "dc": reconstructor.dc if network else 0,
             "levels": list(reconstructor.chain(job.views)) if network else None, "format": args.format,
             "median_z": args.median_z, "deidentify": args.deidentify, **official}
 
@@ -187,23 +186,27 @@ def about(args, job: Job, run: dict) -> str:
     return text + "; not for diagnosis"
 
 
-def make_reconstructor(args, method: str, job: Job):
-    """The checkpoint's network and the scan's scanner; no network for a baseline."""
+def make_reconstructor(args, job: Job):
+    """The scan's scanner and, if a method needs one, the checkpoint's network. Raises InputError."""
     from models.reconstructor import Reconstructor
     from models.scanner import PublishedScanner
     from utils.device import chosen_device
 
     scanner = job.scanner or PublishedScanner()
-    if method in BASELINES:
+    if set(args.method) <= set(BASELINES):
         return Reconstructor(scanner=scanner, device=chosen_device(args.device))
     reconstructor = Reconstructor.from_checkpoint(args.checkpoint, device=args.device, dc=args.dc, scanner=scanner)
-    reconstructor.check(method)
+    for method in args.method:
+        reconstructor.check(method)
     if job.size % reconstructor.multiple:
         raise InputError(f"The network takes sizes divisible by {reconstructor.multiple}, not {job.size}; choose "
                          "another --size.")
-    if job.scanner:
+    if job.scanner and not reconstructor.header.get("training", {}).get("preset", {}).get("scanner_share"):
         print("The network was trained on the views of one simulated scanner; how well it does on this one is unknown: "
               "compare with --method fbp.")
+    if job.scanner and not job.photons and reconstructor.network.config.told_photons:
+        print("The photons of this scan are unknown, so the network takes it for one without noise: give photons in "
+              "the geometry.")
     return reconstructor
 
 
@@ -276,26 +279,25 @@ def main(argv=None) -> int:
         write_volume.nifti_affine(job.places)  # refuses uneven steps, before the work
     original = write_volume.read_original(job.original) if job.original else None
     outs = {method: args.out / method if len(args.method) > 1 else args.out for method in args.method}
-    makers = {method: make_reconstructor(args, method, job) for method in outs}
-    runs = {method: claim(out, describe(args, method, job, makers[method]), "reconstruction",
+    reconstructor = make_reconstructor(args, job)
+    runs = {method: claim(out, describe(args, method, job, reconstructor), "reconstruction",
                           once={"series_uid": generate_uid(), **job.checks}) for method, out in outs.items()}
     if job.checks:
         print(f"The best image leaves {job.checks['residual']:.1%} of the measurement unexplained; 1% is usual.")
-    problems, images = list(job.problems), {}
+    problems, images, position = list(job.problems), {}, getattr(job.scanner, "patient_position", "HFS")
     for method, out in outs.items():
         header, odd = write_volume.series_header(about(args, job, runs[method]), runs[method]["series_uid"], original,
-                                                  job.patient, args.deidentify, getattr(
-                                                      job.scanner, "patient_position", "HFS"))
+                                                 job.patient, args.deidentify, position)
         name = "the original" if args.original else job.names[0]
         problems += [(name, "warning", text) for text in odd if args.format == "dicom"]
-        found, shown, image = reconstruct(args, job, makers[method], runs[method], out, header)
+        found, shown, image = reconstruct(args, job, reconstructor, runs[method], out, header)
         write_table(out / "report.csv", ("file", "status", "reason"), dict.fromkeys([*problems, *found]))
         problems += found
         if image is not None:
             images[LABELS[method]] = image
     if len(images) == len(outs):
         if "fbp" not in outs:
-            fbp = to_hu(makers[method], "fbp", job, np.stack([job.read(shown)[0]]))[0]
+            fbp = to_hu(reconstructor, "fbp", job, np.stack([job.read(shown)[0]]))[0]
             images = {LABELS["fbp"]: fbp} | images
         write_preview(args.out / PREVIEW, images,
                       f"slice {shown + 1} of {len(job.names)}, {job.views} views")

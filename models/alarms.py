@@ -88,8 +88,8 @@ def check_image(hu: np.ndarray, water_per_cm: float) -> list[str]:
 
 def check_scan(lines: np.ndarray, scanner: Scanner, size: int, device: str) -> tuple[float, list[str]]:
     """(relative residual, warnings) of line integrals (views, bins) of one slice. Raises InputError."""
-    scanner, lines = merged_bins(scanner, lines, size)
     left, found = check_geometry(lines, scanner, size, device)
+    scanner, lines = merged_bins(scanner, lines, size)
     mu = Degradation(scanner).fbp(to_pixels(scanner, lines, size)[None, None].to(device), size)
     return left, found + check_image(mu_to_hu(mu)[0, 0].cpu().numpy(), scanner.water_per_cm)
 
@@ -99,21 +99,22 @@ def check_geometry(lines: np.ndarray, scanner: Scanner, size: int, device: str) 
 
     What noise leaves is not held against the geometry: it is read from the differences between neighbouring bins.
     """
-    scanner, chosen = scanner.thinned(min(VIEWS, len(lines)))
-    lines = lines[chosen]
+    def reduced(lines):
+        few, chosen = scanner.thinned(min(VIEWS, len(lines)))
+        return merged_bins(few, lines[chosen], size)
 
-    def residual(lines, scanner):
+    def residual(scanner, lines):
         y = to_pixels(scanner, lines, size)[None, None].to(device)
         return relative_residual(Degradation(scanner), y, size).item()
 
-    left = residual(lines, scanner)
-    if max(left**2 - noise(lines) ** 2, 0) ** 0.5 <= RESIDUAL:
+    few, part = reduced(lines)
+    left = residual(few, part)
+    if max(left**2 - noise(part) ** 2, 0) ** 0.5 <= RESIDUAL:
         return left, []
-    tried = {f'"direction": "{turned}"': (lines, replace(scanner, direction=turned))
-             for turned in ("cw", "ccw") if turned != scanner.direction}
+    turned = "cw" if scanner.direction == "ccw" else "ccw"
+    others = {f'"direction": "{turned}"': residual(replace(few, direction=turned), part)}
     if lines.shape[0] == lines.shape[1]:
-        tried["--axes bins,views"] = lines.T, scanner
-    others = {name: residual(*one) for name, one in tried.items()}
+        others["--axes bins,views"] = residual(*reduced(lines.T))
     with suppress(InputError):
         moved, found, _ = find_centre(scanner, lines)
         others[f'"detector_offset_mm": {moved.detector_offset_mm:.4g} (--find-centre)'] = found

@@ -12,14 +12,13 @@ from utils.errors import InputError
 SIZE, VIEWS = 128, 120  # pixels and views at most, while searching
 
 
-def find_centre(scanner: Scanner, lines: np.ndarray, callback=None) -> tuple[Scanner, float, float]:
+def find_centre(scanner: Scanner, lines: np.ndarray) -> tuple[Scanner, float, float]:
     """(the scanner with the detector_offset_mm that fits best, its relative residual, that of the scanner as given).
 
     lines: one sinogram (views, bins) as measured. Offsets are tried up to an eighth of the detector to either side of
     the given one; each round of nine looks about the best so far, four times as closely, down to a tenth of a bin. Both
-    residuals are of a reduced size and number of views. callback(offset in mm, residual): sees every one. A turn of
-    the whole scan is not found: it turns the image, and leaves the same residual. Raises InputError where the best
-    offset is at the end of the range.
+    residuals are of a reduced size and number of views. A turn of the whole scan is not found: it turns the image, and
+    leaves the same residual. Raises InputError where the best offset is at the end of the range.
     """
     few, chosen = scanner.thinned(min(VIEWS, len(scanner.angles)))
     size = min(SIZE, scanner.size)
@@ -29,10 +28,7 @@ def find_centre(scanner: Scanner, lines: np.ndarray, callback=None) -> tuple[Sca
     def residual(offset: float) -> float:
         moved = replace(few, detector_offset_mm=offset + dropped)
         y = to_pixels(moved, lines, size)[None, None]
-        value = relative_residual(Degradation(moved), y, size).item()
-        if callback:
-            callback(offset, value)
-        return value
+        return relative_residual(Degradation(moved), y, size).item()
 
     pitch, given = scanner.detector_pitch_mm, scanner.detector_offset_mm
     found, half = {given: residual(given)}, max(scanner.detector_count / 8, 4) * pitch

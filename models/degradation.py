@@ -18,14 +18,9 @@ from models.levels import FULL_VIEWS
 from models.scanner import PublishedScanner, Scanner
 
 
-@lru_cache(maxsize=1024)  # by view counts: lists of up to 720 angles are slow to look up
-def _projector(scanner, size: int, n_views: int) -> BaseRadon:
-    return scanner.resampled(n_views).projector(size, scanner.theta(n_views))
-
-
-@lru_cache(maxsize=1024)
-def _padded_projector(scanner, size: int, n_views: int) -> BaseRadon:
-    return scanner.padded.projector(size, scanner.theta(n_views))
+@lru_cache(maxsize=2048)  # by view counts: lists of up to 720 angles are slow to look up
+def _projector(scanner, size: int, n_views: int, padded: bool) -> BaseRadon:
+    return (scanner.padded if padded else scanner.resampled(n_views)).projector(size, scanner.theta(n_views))
 
 
 @lru_cache(maxsize=1024)
@@ -34,14 +29,17 @@ def _difference_projector(scanner, size: int, n_t: int, n_s: int) -> BaseRadon:
 
 
 @lru_cache(maxsize=512)
-def _weights(scanner, n_views: int, device: torch.device) -> torch.Tensor | None:
-    """What FBP multiplies views by, (n,), or over pi/(2 n) rays, (n, bins); None: pi/(2 n). On a device: CUDA graphs
-    take no copy from the host."""
+def _shares(scanner, n_views: int, device: torch.device) -> torch.Tensor | None:
+    """`Scanner.shares` on a device: CUDA graphs take no copy from the host."""
     shares = scanner.shares(n_views)
-    if shares is None:
-        return None
-    weights = torch.from_numpy(shares).to(device)
-    return weights * (math.pi / 2 / n_views) if weights.ndim == 1 else weights
+    return None if shares is None else torch.from_numpy(shares).to(device)
+
+
+@lru_cache(maxsize=512)
+def _weights(scanner, n_views: int, device: torch.device) -> torch.Tensor | None:
+    """What FBP multiplies views by, (n,), or over pi/(2 n) rays, (n, bins); None: pi/(2 n)."""
+    shares = _shares(scanner, n_views, device)
+    return shares * (math.pi / 2 / n_views) if shares is not None and shares.ndim == 1 else shares
 
 
 @lru_cache(maxsize=256)
@@ -95,19 +93,14 @@ class Degradation:
     official: bool = False
     graphs: Callable = field(default=directly, repr=False, compare=False)
 
-    def operator(self, size: int, n_views: int | list[int]) -> BaseRadon | Stack:
+    def operator(self, size: int, n_views: int | list[int], padded: bool = False) -> BaseRadon | Stack:
         """The projector P_n of size x size pixels (torch_radon); for a list of counts the stack of theirs.
 
-        It has the bins that measure. Filtering and backprojection of FBP may need more of them (`Scanner.padded`).
+        It has the bins that measure or, padded, all that the ramp filter of FBP needs (`Scanner.padded`).
         """
         if isinstance(n_views, int):
-            return _projector(self.scanner, size, n_views)
-        return Stack([self.operator(size, n) for n in n_views])
-
-    def _padded(self, size: int, n_views: int | list[int]) -> BaseRadon | Stack:
-        if isinstance(n_views, int):
-            return _padded_projector(self.scanner, size, n_views)
-        return Stack([self._padded(size, n) for n in n_views])
+            return _projector(self.scanner, size, n_views, padded)
+        return Stack([_projector(self.scanner, size, n, padded) for n in n_views])
 
     def full(self, x: torch.Tensor) -> torch.Tensor:
         """R(x) = D(x, 720): what counts as ground truth."""
@@ -121,11 +114,12 @@ class Degradation:
             n_views = n_views[0]
         if isinstance(n_views, int):
             weights = _weights(self.scanner, n_views, x.device)
-        elif weights := [w for n in n_views if (w := _weights(self.scanner, n, x.device)) is not None] or None:
-            weights = _together(weights)
+        else:
+            weights = [_weights(self.scanner, n, x.device) for n in n_views]
+            weights = None if weights[0] is None else _together(weights)
 
         def degraded(x, weights=None):
-            return _degrade(self._padded(x.shape[-1], n_views), x, weights)
+            return _degrade(self.operator(x.shape[-1], n_views, padded=True), x, weights)
 
         key = "D", self, n_views if isinstance(n_views, int) else tuple(n_views)
         return self.graphs(key, degraded, *((x,) if weights is None else (x, weights)))
@@ -138,12 +132,11 @@ class Degradation:
 
     def fbp(self, y: torch.Tensor, size: int) -> torch.Tensor:
         """FBP of sinograms (B, 1, n, bins): (B, 1, size, size). D(x, n) = fbp(project(x, n))."""
-        scanner, n = self.scanner, y.shape[-2]
-        operator, shares = self._padded(size, n), scanner.shares(n)
-        if any(padding := scanner.resampled(n).padding):
+        n = y.shape[-2]
+        operator, shares = self.operator(size, n, padded=True), _shares(self.scanner, n, y.device)
+        if any(padding := self.scanner.resampled(n).padding):
             y = torch.nn.functional.pad(y, padding)
         if shares is not None:
-            shares = torch.tensor(shares, device=y.device, dtype=y.dtype)
             y = y * (shares if shares.ndim == 2 else shares[:, None])
         return operator.backprojection(operator.filter_sinogram(y))
 

@@ -39,8 +39,7 @@ def denoiser(network, clip: bool = True, precision: str = "fp32", levels: tuple[
 
 
 def on_device(values: list[float] | list[bool], device) -> torch.Tensor:
-    """Numbers as (n,) on a device, float32 or bool. Nobody waits; equal ones take no copy, so that graphs may have it.
-    """
+    """Numbers as (n,) on a device, float32 or bool. Nobody waits; equal ones take no copy, as graphs need it."""
     if len(set(values)) == 1:
         return torch.full((len(values),), values[0], device=device)
     return torch.tensor(values).to(device, non_blocking=True)

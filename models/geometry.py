@@ -19,7 +19,7 @@ from utils.errors import InputError
 
 CONE_DEGREES = 1.2  # up to here a cone beam's row is a fan beam's to within noise (21-24 HU against 17-22; 52 at 2.3)
 ROWS = {"detector_rows": 1, "detector_row_pitch_mm": None, "detector_row_offset_mm": 0.0}
-LENGTHS = {field.name for field in fields(Scanner) if field.name.endswith("_mm")} | set(ROWS)
+LENGTHS = {name for name in (*(field.name for field in fields(Scanner)), *ROWS) if name.endswith("_mm")}
 
 
 def read_in_mm(path) -> dict:
@@ -29,8 +29,9 @@ def read_in_mm(path) -> dict:
     if unit not in ("mm", "cm"):
         raise InputError(f"The geometry's length_unit is {unit!r}; expected mm or cm")
     found = {f"{name}_mm" if f"{name}_mm" in LENGTHS else name: value for name, value in found.items()}
-    return {name: 10 * value if unit == "cm" and name in LENGTHS and name.endswith("_mm") and _number(value) else value
-            for name, value in found.items()}
+    if unit == "cm":
+        found |= {name: 10 * found[name] for name in LENGTHS & set(found) if _number(found[name])}
+    return found
 
 
 def in_degrees(found: dict) -> dict:
@@ -40,14 +41,15 @@ def in_degrees(found: dict) -> dict:
     if unit not in (None, "degree", "radian"):
         raise InputError(f"The geometry's angle_unit is {unit!r}; expected degree or radian")
     if unit == "radian":
-        turned = np.vectorize(math.degrees, otypes=[float])
-        if isinstance(angles, list) and angles and all(map(_number, angles)):
-            found["angles"] = turned(angles).tolist()
+        def degrees(value):
+            return math.degrees(value) if _number(value) else value
+
+        if isinstance(angles, list):
+            found["angles"] = [degrees(angle) for angle in angles]
         if isinstance(angles, dict):
-            found["angles"] = {key: math.degrees(value) if key != "count" and _number(value) else value
-                               for key, value in angles.items()}
-        if _number(found.get("angle_offset")):
-            found["angle_offset"] = math.degrees(found["angle_offset"])
+            found["angles"] = {key: value if key == "count" else degrees(value) for key, value in angles.items()}
+        if "angle_offset" in found:
+            found["angle_offset"] = degrees(found["angle_offset"])
     elif unit is None and isinstance(angles, list) and len(angles) > 9 and all(map(_number, angles)) \
             and 0 < max(angles) - min(angles) <= 2 * math.pi:
         raise InputError(f"The {len(angles)} angles span {max(angles) - min(angles):.3g} degrees; they look like "

@@ -118,13 +118,16 @@ def measured(args) -> Job:
         row, filled = mend(row) if isinstance(lines, Counts) else (row, "")
         return row, [*filter(None, [filled]), *alarms.check_values(row, whole)]
 
-    middle, row = first_readable(values, names)
+    middle, (row, odd) = first_readable(values, names)
     if args.find_centre:
         whole = centred_scanner(whole, row)
     scanner, chosen = whole.thinned(len(whole.angles) if args.views is None else args.views)
     size = args.size or scanner.size
     fine, scanner = scanner, merged_bins(scanner, row[chosen], size)[0]
+    if photons:  # a merged bin counts those of all its bins
+        photons *= scanner.detector_pitch_mm / fine.detector_pitch_mm
     residual, said = named(names[middle], alarms.check_scan, row, whole, size, device)
+    said = odd + said
     located, spacing = originals_of(args, len(rows)), scanner.field_of_view_mm / size
 
     def read(i):
@@ -164,10 +167,10 @@ def centred_scanner(scanner, lines: np.ndarray):
 
 
 def first_readable(read, names: list[str]):
-    """(index, what `read` gives first) of the slice nearest the middle that can be read. Raises InputError if none."""
+    """(index, what `read` gives) of the slice nearest the middle that can be read. Raises InputError if none."""
     for i in sorted(range(len(names)), key=lambda i: abs(i - len(names) // 2)):
         try:
-            return i, named(names[i], read, i)[0]
+            return i, named(names[i], read, i)
         except InputError as error:
             reason = error
     raise reason

@@ -195,9 +195,8 @@ class Scanner:
         """The scan of a size x size image in pixels. The detector is flat: see `to_pixels`."""
         p, (count, offset, _) = self.field_of_view_mm / size, _flat_bins(self)
         du, offset = self.detector_pitch_mm / p, (-offset if self.reversed else offset) / p
-        with warnings.catch_warnings():
-            # A scanner sees a circle, an image is a square; one with a short side sees the rest from behind.
-            warnings.filterwarnings("ignore", message=".*truncated" if any(self.padding) else ".*corners")
+        with warnings.catch_warnings():  # a scanner sees a circle, an image is a square: see `scanner_warnings`
+            warnings.filterwarnings("ignore", message=".*truncated")
             if self.beam == "parallel":
                 return Radon(size, theta, count, du, det_offset=offset)
             return RadonFanbeam(size, theta, self.source_distance_mm / p, self.detector_distance_mm / p, count, du,
@@ -338,16 +337,21 @@ def merged_bins(scanner: Scanner, lines: np.ndarray, size: int) -> tuple[Scanner
 
 def scanner_warnings(scanner: Scanner) -> list[str]:
     """What no method can make up for, as sentences that go on from the name of a scan."""
-    reach = min(scanner.reach, max(-scanner.ends[0], scanner.ends[1]))
+    end, found = max(-scanner.ends[0], scanner.ends[1]), []
+    if end + scanner.detector_pitch_mm < scanner.reach:
+        found.append(f"sees the inner {end / scanner.reach:.0%} of its field of view alone: the image is wrong further "
+                     "out; give a smaller field_of_view_mm")
+    reach = min(scanner.reach, end)
     unseen = (scanner.coverage(np.arange(360.0), np.linspace(-reach, reach, 65)).sum(0) == 0).mean()
     if unseen < 0.03:
-        return []
+        return found
     arcs, fan = view_shares(scanner.angles, 360)[1], 0.0
     if scanner.beam == "fan":
         fan = 2 * math.degrees(math.asin(scanner.field_of_view_mm / 2 / scanner.source_distance_mm))
     needed = "360 are needed, as its detector sees only one side" if any(scanner.padding) else (
         f"{180 + fan:.0f} in one piece are needed")
-    return [f"leaves {unseen:.0%} of the lines through the field of view unmeasured: its views cover "
+    return [*found,
+            f"leaves {unseen:.0%} of the lines through the field of view unmeasured: its views cover "
             f"{arcs[:, 1].sum() if len(arcs) else 360:.0f} degrees, and {needed}. Edges along those lines are not in "
             "the data; methods with data consistency do better than fbp"]
 

@@ -125,19 +125,11 @@ def test_merged_views():
 def test_official_protocol_degrades_the_full_view_reconstruction(image):
     plain, official = Degradation(), Degradation(official=True)
     assert relative(official(image, 36), plain(plain.full(image), 36)) <= 1e-6
+    assert relative(official(image, 36), plain(image, 36)) > 1e-2, "the two protocols do differ"
+    for n in (36, [18, 36, 72]):  # a measurement is projected once
+        assert all(a.equal(b) for a, b in zip(official.project(image, n), plain.project(image, n), strict=True))
     shifted = plain.shift(image, plain.full(image), [18] * 3, [36] * 3)
     assert relative(official.shift(image, image, [18] * 3, [36] * 3), shifted) <= 1e-6
-
-
-def test_a_measurement_is_projected_once_under_the_official_protocol_too(image):
-    """y = P_n x0 in every protocol; the extra full-view pass acts on estimates alone."""
-    plain, official = Degradation(), Degradation(official=True)
-    y = official.project(image, 36)
-    assert y.equal(plain.project(image, 36))
-    assert relative(official.fbp(y, 64), plain(image, 36)) <= 2e-5
-    assert relative(official(image, 36), plain(image, 36)) > 1e-2, "the two protocols do differ"
-    assert all(a.equal(b) for a, b in zip(official.project(image, [18, 36, 72]), plain.project(image, [18, 36, 72]),
-                                          strict=True))
 
 
 def test_quarter_turns_commute_with_d_where_the_views_allow(image):

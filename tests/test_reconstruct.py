@@ -16,7 +16,9 @@ import reconstruct
 from datasets import prepare, write_volume
 from datasets.dicom import standard_axial
 from datasets.write_volume import centred
+from models.checkpoint import save_checkpoint
 from models.scanner import make_scanner
+from models.unet import UNet, UNetConfig
 from reconstruct import main
 
 SECRETS = (b"SECRET", b"Topsecret", b"Jane", b"19700102", b"Hospital", b"ACC1", b"1.2.77")
@@ -346,9 +348,6 @@ def test_a_measured_sinogram_with_a_geometry_in_mm(tmp_path, capsys, stops):
             "--dc", "8", "--format", "npy"]
     assert main(argv) == 0 and "compare with --method fbp" in capsys.readouterr().out
     assert abs(int(np.load(tmp_path / "net/volume.npy")[0, 12, 16])) < 100
-    np.save(tmp_path / "scan.npy", np.stack([lines, np.nan * lines]))
-    fbp(tmp_path, *geometry, source="scan.npy", views=36, out="nan", expect=1)
-    assert "slice 2 of scan.npy" in capsys.readouterr().err
     np.save(tmp_path / "scan.npy", lines[:70])
     with stops("70 views of 500 bins, the geometry 72 of 500"):
         fbp(tmp_path, *geometry, source="scan.npy", views=36, out="x")
@@ -357,6 +356,23 @@ def test_a_measured_sinogram_with_a_geometry_in_mm(tmp_path, capsys, stops):
         fbp(tmp_path, *geometry, source="scan.npy", views=36, out="x")
     with stops("holds no slices that can be used"):
         fbp(tmp_path, source="scan.npy", out="x")  # without a geometry it is taken for images
+
+
+@pytest.mark.parametrize("photons", [{}, {"photons": 1e4}])
+def test_what_a_network_does_not_know_of_a_scan_is_said(tmp_path, capsys, photons):
+    """This one knows other scanners, and noise if it is told it."""
+    fields = FAN | {"angles": {"start": 0, "step": 20, "count": 18}, "size": 32}
+    (tmp_path / "g.json").write_text(json.dumps(fields | photons))
+    np.save(tmp_path / "scan.npy", line_integrals(make_scanner(fields)))
+    config = UNetConfig(width=32, stem=4, told_photons=True)
+    save_checkpoint(tmp_path / "net.safetensors", UNet(config).state_dict(), config,
+                    {"training": {"preset": {"scanner_share": 0.3}}})
+    assert main([str(tmp_path / "scan.npy"), "--geometry", str(tmp_path / "g.json"), "--out", str(tmp_path / "out"),
+                 "--checkpoint", str(tmp_path / "net.safetensors"), "--method", "fbp", "one-step"]) == 0
+    said = capsys.readouterr().out
+    assert "is unknown" not in said and ("photons of this scan are unknown" in said) == (not photons)
+    plain, learned = (json.loads((tmp_path / f"out/{name}/run.json").read_text()) for name in ("fbp", "one-step"))
+    assert plain["weights"] is None and plain["levels"] is None and learned["levels"] and learned["weights"]
 
 
 def test_several_series_are_listed_and_one_is_chosen(tmp_path, stops):

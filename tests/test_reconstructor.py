@@ -108,7 +108,7 @@ def test_the_network_is_told_the_levels_of_its_own_header(hu):
     ({"full_views": 1440}, "trained with another full_views: 1440; this version simulates 720"),
     ({"levels": [18, 36]}, "names the levels .*; expected view counts, densest first"),
     ({"levels": [36, 36, 18]}, "densest first"), ({"levels": [36, "18"]}, "densest first"), ({"levels": []}, "levels"),
-    ({"levels": [36, 0]}, "levels"), ({"levels": 18}, "levels"), ({"protocol": "other"}, "protocol is 'other'")])
+    ({"levels": [36, 0]}, "levels"), ({"levels": 18}, "levels"), ({"protocol": "other"}, "does not say how")])
 def test_weights_of_another_scanner_truth_or_chain_are_refused(tmp_path, about, text):
     path = checkpoint(tmp_path / "a.safetensors", **about)
     with pytest.raises(InputError, match=text):

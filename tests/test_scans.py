@@ -25,8 +25,9 @@ from models import alarms
 from models.consistency import deviation
 from models.degradation import Degradation
 from models.geometry import check_axes, in_degrees, near_plane, read_in_mm
+from models.jobs import measured
 from models.scanner import make_scanner, to_pixels
-from reconstruct import main
+from reconstruct import main, parse
 from utils.errors import InputError
 from utils.units import mu_to_hu
 
@@ -129,7 +130,15 @@ def test_files_that_are_refused(tmp_path):
         (tmp_path / name).mkdir()
         (tmp_path / name / "geometry.json").write_text(told)
         np.save(tmp_path / name / "sinograms.npy", lines)
-    for name, text in {"archive.npy": "no whole .npy array", "pipe.tif": "no regular file",
+    with h5py.File(tmp_path / "two.h5", "w") as file:
+        file["a"], file["b"] = VOLUME, VOLUME[0]
+    (tmp_path / "cut.h5").write_bytes((tmp_path / "two.h5").read_bytes()[:200])
+    np.save(tmp_path / "line.npy", np.zeros(3))
+    np.save(tmp_path / "object.npy", np.array([{}], object))
+    (tmp_path / "g.txt").write_text("x")
+    for name, text in {"two.h5": "arrays a, b; name", "cut.h5": "no whole HDF5", "line.npy": "shape",
+                       "g.txt": "no sinogram", "object.npy": "no whole .npy",
+                       "archive.npy": "no whole .npy array", "pipe.tif": "no regular file",
                        "list": "or a sound geometry.json", "plane": "lacks sinograms.npy or",
                        "external.h5": "in other files", "virtual.h5": "in other files", "link.h5": r"arrays \(none\)",
                        "huge.h5": "GiB|at most 2", "bomb.mat": "12 GiB that must be read at once",
@@ -186,13 +195,16 @@ def test_flat_and_dark_may_be_numbers_and_files(tmp_path, scan):
     assert read_sinograms(tmp_path / "counts.npy", flat="5000", dark="100")[1]["photons"] == 4900
 
 
-def test_the_photons_give_the_noise_of_a_real_scanner():
-    """As data consistency reckons it (models/consistency.py)."""
-    scanner = make_scanner(SMALL | {"water_per_cm": 0.25})
-    for size in (32, 64):
-        y, clean = to_pixels(scanner, noisy(LINES, 1e5), size), to_pixels(scanner, LINES, size)
-        sigma = deviation(clean, 1e5, scanner.pixel_cm(size))
-        assert ((y - clean) / sigma).std() == pytest.approx(1, abs=0.02)
+@pytest.mark.parametrize("size, merged", [(32, 6), (64, 3), (256, 1)])
+def test_the_photons_give_the_noise_of_a_real_scanner(tmp_path, size, merged):
+    """As data consistency reckons it (models/consistency.py), of the bins that are left."""
+    np.save(tmp_path / "scan.npy", noisy(LINES, 1e5))
+    (tmp_path / "g.json").write_text(json.dumps(SMALL | {"water_per_cm": 0.25, "photons": 1e5}))
+    job = measured(parse([str(tmp_path / "scan.npy"), "--geometry", str(tmp_path / "g.json"), "--out",
+                          str(tmp_path / "out"), "--size", str(size)]))
+    clean = to_pixels(job.scanner, LINES[:, :250 // merged * merged].reshape(180, -1, merged).mean(2), size)
+    sigma = deviation(clean, job.photons, job.scanner.pixel_cm(size))
+    assert job.photons == merged * 1e5 and ((job.read(0)[0] - clean) / sigma).std() == pytest.approx(1, abs=0.02)
 
 
 def test_units_of_a_geometry_file(tmp_path):
@@ -272,6 +284,14 @@ def test_a_good_scan_sets_off_no_alarm(lines, scanner):
     assert said == [] and 0 < left < 0.08
 
 
+def test_an_alarm_names_the_offset_of_the_whole_detector():
+    """Not of the merged bins that it looks at, which leave out those at the end."""
+    scanner = make_scanner(SMALL | {"detector_count": 239, "detector_offset_mm": -4.5})
+    _, said = alarms.check_scan(LINES[:, 11:], scanner, 32, "cpu")
+    found = re.search(r'"detector_offset_mm": ([-\d.]+) \(--find-centre\) it would be [01]', said[0])
+    assert float(found[1]) == pytest.approx(16.5, abs=1)
+
+
 def test_an_image_that_fits_sets_off_no_alarm():
     hu = mu_to_hu(phantom(64))
     assert alarms.check_image(hu, 0.192) == []
@@ -314,13 +334,14 @@ def test_what_may_be_wrong_is_a_warning(lines, change, text):
 
 
 def test_a_warning_stands_last_and_in_the_records(tmp_path, scan):
-    said = scan(np.roll(LINES, 3, axis=1))
-    assert said.splitlines()[-1].startswith("Warning: slice 1 of scan.npy does not fit its geometry: the best image")
-    run = json.loads((tmp_path / "out/run.json").read_text())
-    assert 0.05 < run["residual"] < 0.15 and len(run["alarms"]) == 1
-    assert "does not fit its geometry" in (tmp_path / "out/report.csv").read_text()
-    said = scan(np.roll(LINES, 3, axis=1))  # told again by a run that has nothing to do
-    assert said.splitlines()[-1].startswith("Warning: slice 1 of scan.npy does not fit")
+    lines = dead(np.roll(LINES, 3, axis=1), np.s_[17])
+    for _ in range(2):  # told again by a run that has nothing to do
+        *_, first, second = scan(lines).splitlines()
+        assert first.startswith("Warning: slice 1 of scan.npy has 1 views that are the same in every bin")
+        assert second.startswith("Warning: slice 1 of scan.npy does not fit its geometry: the best image")
+        run = json.loads((tmp_path / "out/run.json").read_text())
+        assert 0.05 < run["residual"] < 0.15 and len(run["alarms"]) == 2
+        assert len((tmp_path / "out/report.csv").read_text().splitlines()) == 3
 
 
 def test_counts_stop_before_any_work(tmp_path, scan):

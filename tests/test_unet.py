@@ -120,17 +120,18 @@ BASE = PRESETS["base"].network()
 
 @contextmanager
 def as_on_a_gpu(network: UNet):
-    """The network as a GPU runs it in bf16, on tensors without values: (x, t). Asking for a value raises.
+    """The network as a GPU runs it in bf16, on tensors without values: (x, t) and, if it is told them, photons.
 
-    They are fake CPU tensors with the kernels chosen: without a GPU, PyTorch gives fake CUDA convolutions other layouts
-    than they have, and no backward pass.
+    Asking for a value raises. They are fake CPU tensors with the kernels chosen: without a GPU, PyTorch gives fake CUDA
+    convolutions other layouts than they have, and no backward pass.
     """
     norm = pytest.importorskip("models.norm", reason="Triton is not installed")
     network.to(memory_format=torch.channels_last)
     with (pytest.MonkeyPatch.context() as patch, FakeTensorMode(allow_non_fake_inputs=True),
           torch.autocast("cpu", torch.bfloat16)):
         patch.setattr(unet, "_fused", lambda x: norm)
-        yield torch.zeros(BATCH, network.config.channels, 48, 48), torch.zeros(BATCH)
+        told = (torch.zeros(BATCH), torch.ones(BATCH)) if network.config.told_photons else (torch.zeros(BATCH),)
+        yield torch.zeros(BATCH, network.config.channels, 48, 48), *told
 
 
 @pytest.mark.parametrize(("config", "training", "evaluation"), [(TINY, 387, 258), (UNetConfig(dropout=0.0), 385, 256)])
