@@ -27,10 +27,10 @@ from pathlib import Path
 import numpy as np
 import pydicom
 
-from datasets.archive import DIED, parallel
 from datasets.privacy import pseudonym
 from datasets.series import Refused, refuse_on_error
 from datasets.slices import evenly_spaced
+from utils.workers import DIED, parallel
 
 FIELDS = {"pitch": 0x70291002, "row_pitch": 0x70291006, "rows": 0x70291010, "columns": 0x70291011, "shape": 0x7029100B,
           "angle": 0x70311001, "z": 0x70311002, "source": 0x70311003, "span": 0x70311031, "centre": 0x70311033,

@@ -16,7 +16,7 @@ import os
 import re
 import sys
 from collections import Counter, defaultdict
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain, groupby
@@ -25,25 +25,17 @@ from pathlib import Path
 
 import numpy as np
 
-from datasets.archive import (
-    DIED,
-    OWN_SPLITS,
-    group_series,
-    name_patients,
-    parallel,
-    read_headers,
-    time_limit,
-    unsure_patients,
-)
-from datasets.formats import load, read_hu
+from datasets.archive import OWN_SPLITS, group_series, name_patients, read_headers, unsure_patients
+from datasets.formats import read_hu
 from datasets.plausible import doubt
 from datasets.privacy import pseudonym, pseudonymizer
 from datasets.series import Problem, Refused, Slice, order_series
 from datasets.slices import IF_SO, open_array, read_manifest
 from utils.cli import Parser, script
-from utils.errors import InputError, RunFolderError, Stopped
+from utils.errors import InputError, RunFolderError, printable
 from utils.files import atomic, hash16, write_table
-from utils.run_folder import described, lock, sweep
+from utils.run_folder import check, described, lock, sweep
+from utils.workers import DIED, parallel, time_limit
 
 SPLITS = ("train", "val", "test")
 DEFAULT_SPLIT = ["0.8", "0.1", "0.1"]
@@ -92,7 +84,7 @@ def convert(outputs: list[Output], out: Path, size: int, volumes: bool,
 
     trust: as `scan`'s. Returns for each (slices it holds, sha256, problems).
     """
-    results, failed = [], {}  # {path: why}: such a file is not decoded again for its other slices
+    results = []
     for one in outputs:
         target, images, problems = out / one.folder / one.name, {}, []
         sha256 = _sha256(target, (len(one.slices),) * volumes + (size, size))
@@ -101,16 +93,8 @@ def convert(outputs: list[Output], out: Path, size: int, volumes: bool,
             target.unlink(missing_ok=True)
         for source in [] if whole else one.slices:
             try:
-                if source.path in failed:
-                    raise failed[source.path]
                 with time_limit():
-                    load(source.path)
-            except Refused as error:
-                failed[source.path] = error
-                problems.append((source.path, error.verdict, str(error)))
-                continue
-            try:
-                images[source] = read_hu(source, size, trust)
+                    images[source] = read_hu(source, size, trust)
             except Refused as error:
                 problems.append((source.path, error.verdict, str(error)))
         kept = one.slices if whole else list(images)
@@ -145,9 +129,7 @@ def check_resume(out: Path, outputs: list[Output], shown: dict[str, str], option
     before = {"options": options, "outputs": {}} | (described(out, record.name) or {})
     if not all(isinstance(before[key], dict) for key in ("options", "outputs")):
         raise RunFolderError(f"{record} is damaged; restore it, or choose another --out.")
-    if changed := [key for key in options if options[key] != before["options"].get(key)]:
-        raise RunFolderError(f"{out} was made with another {', '.join(changed)}; repeat those options, or choose "
-                             "another --out.")
+    check(out, options, "set of slices", before=before["options"])
     there = [f"{path.parent.name}/{path.name}" for part in SPLITS for path in (out / f"{part}_img").glob("*.npy")]
     made_of = {name: [*map(str, before["outputs"].get(name) or [""])] for name in there}
     if other := [name for name in there if name not in plan or plan[name][0] != made_of[name][0]]:
@@ -160,17 +142,6 @@ def check_resume(out: Path, outputs: list[Output], shown: dict[str, str], option
         temporary.write_text(json.dumps({"options": options, "outputs": plan}), "utf-8")
 
 
-@contextmanager
-def stopped_by_disk():
-    """Turns an OSError of the block into Stopped: readers raise Refused, so it is the disk that is written to."""
-    try:
-        yield
-    except OSError as error:
-        raise Stopped(f"Stopped: writing failed ({error}). What is written is whole; the same command does the "
-                      "rest.") from error
-
-
-@stopped_by_disk()
 def write_all(outputs: list[Output], out: Path, shown: dict[str, str], options: dict, workers: int,
               problems: list[Problem], hide, trust: bool = False) -> int:
     """Convert what is missing and write manifests and report; the exit status.
@@ -275,7 +246,7 @@ def prepare(inputs: list[str], out: Path, size: int, split: list[str] | None, se
     if patients_from is None and (text := unsure_patients(slices, hide)):
         if sum(part.strip("0.") != "" for part in chosen if "=" not in part and part != "own") > 1:
             raise InputError(text + IF_SO)
-        print(f"Warning: {text}", file=sys.stderr)
+        print(f"Warning: {printable(text)}", file=sys.stderr)
     outputs, notes = plan_outputs(slices, part_of, volumes, keep_names)
     options = {"size": size, "split": chosen, "seed": seed, "volumes": volumes, "keep_names": keep_names}
     options |= {"patients_from": patients_from} if patients_from else {}

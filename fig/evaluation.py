@@ -5,8 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
-from fig.figures import comparison, draw_curves, draw_points, is_drawn, one_axis, psnr_in, said
-from fig.workers import Figure, draw_together
+from fig.figures import Figure, comparison, draw_curves, draw_points, draw_together, is_drawn, one_axis, psnr_in, said
 from models.methods import LABELS
 from utils.files import hash16
 from utils.metrics import score

@@ -55,7 +55,7 @@ def _from_hub(address: str) -> tuple[Path, str]:
             print(f"Downloading {address} into the Hugging Face cache.", file=sys.stderr)
             path = hf_hub_download(repository, file, revision=revision)
     except (OSError, ValueError) as error:  # what its HTTP, offline, missing-file and bad-name errors have in common
-        reason = str(error).strip().splitlines()[0]
+        reason = str(error).strip().partition("\n")[0]
         raise InputError(f"{address} is not in the Hugging Face cache and could not be downloaded "
                          f"({type(error).__name__}: {reason}). Download the file by hand and give its path.") from error
     return Path(path), Path(path).parts[-1 - len(Path(file).parts)]

@@ -13,8 +13,8 @@ from PIL import Image
 
 import test as evaluation
 from fig import figures, framework, plot_run, quantitative
+from fig.figures import Figure
 from fig.latex import escape, latex
-from fig.workers import Figure
 
 NAMES = ["FBP", "FBP (FDK weights)", "SIRT", "TV", "One step", "Cold diffusion", "Sequential", "ReCo", "SPDPS"]
 LABEL = "PSNR (W 3000 L 500 HU), dB"
@@ -156,7 +156,7 @@ def test_a_process_that_dies_costs_its_figures_alone(go, tmp_path, monkeypatch):
 
 
 def test_a_process_that_draws_does_not_wait_for_pytorch():
-    program = "import sys, fig.workers; sys.exit(bool({'torch', 'scipy', 'numba'} & set(sys.modules)))"
+    program = "import sys, fig.figures; sys.exit(bool({'torch', 'scipy', 'numba'} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", program], cwd=ROOT).returncode == 0
 
 

@@ -23,7 +23,7 @@ from utils import progress, run_folder
 from utils.errors import RunFolderError, Stopped
 from utils.files import atomic
 from utils.progress import Progress
-from utils.results import RESULT, append, open_results, whole_rows
+from utils.results import COLUMNS, append, open_results, whole_rows
 from utils.state import commit, newest_state, save_state
 
 SCRIPTS = {"train": ["train.py", "--data", "DATA", "--images", "4", "--stem", "4", "--dc", "0", "--device", "cpu",
@@ -158,7 +158,7 @@ def test_damaged_rows_are_done_again(tmp_path, capsys):
         path.write_bytes(damaged)
         for row in whole_rows(path):
             (there,) = expected[row["file"], "fbp", 18]
-            assert all(row[name] == there[name] for name in RESULT)
+            assert all(row[name] == there[name] for name in COLUMNS)
     assert "damaged" in capsys.readouterr().err
 
 

@@ -100,7 +100,7 @@ def test_a_second_run_does_only_what_is_missing_and_refuses_other_options(tmp_pa
     assert lost.read_bytes() == content and (tmp_path / "out/train_img/manifest.csv").read_text() == manifest
     assert {path for path in files if path.stat().st_mtime_ns != before[path]} == {lost}
     for change in (["--volumes"], ["--seed", "1"], ["--split", "0", "0", "1"], ["--keep-names"]):
-        assert refuses(capsys, "was made with another", run, tmp_path, *change)
+        assert refuses(capsys, "holds a set of slices with another", run, tmp_path, *change)
     make_dicom(tmp_path / "in/new.dcm", ImagePositionPatient=[0, 0, -5])  # shifts every number
     assert refuses(capsys, "made from other input", run, tmp_path)
     (tmp_path / "foreign/train_img").mkdir(parents=True)
