@@ -3,7 +3,6 @@
 DIR holds train_img/, val_img/, test_img/ or is one folder of .npy files: HU slices (H, H) or volumes (N, H, H).
 """
 
-import hashlib
 import sys
 from collections import Counter, defaultdict
 from pathlib import Path
@@ -16,7 +15,7 @@ from datasets.series import Refused
 from datasets.slices import number_in, open_array, patients_of, read_manifest, unsure
 from utils.cli import Parser, script
 from utils.errors import InputError, printable
-from utils.files import atomic
+from utils.files import atomic, sha256
 from utils.progress import Progress
 from utils.units import HU_RANGE
 
@@ -67,7 +66,7 @@ def look(folder: Path) -> tuple[list[str], list[tuple[Path, str, str]], list[np.
         odd += [f"{path.name} {reason}" for reason in reasons]
         if hu is None:
             continue
-        found.append((path, patient, hashlib.sha256(path.read_bytes()).hexdigest()))
+        found.append((path, patient, sha256(path)))
         slices[patient] += len(hu) if hu.ndim == 3 else 1
         sizes[f"{hu.shape[-2]} x {hu.shape[-1]} {hu.dtype}"] += 1
         counts += np.histogram(np.clip(hu, *HU_RANGE), BANDS)[0]

@@ -33,7 +33,7 @@ from datasets.series import Problem, Refused, Slice, order_series
 from datasets.slices import IF_SO, open_array, read_manifest
 from utils.cli import Parser, script
 from utils.errors import InputError, RunFolderError, printable
-from utils.files import atomic, hash16, write_table
+from utils.files import atomic, hash16, sha256, write_table
 from utils.run_folder import check, described, lock, sweep
 from utils.workers import DIED, parallel, time_limit
 
@@ -87,8 +87,8 @@ def convert(outputs: list[Output], out: Path, size: int, volumes: bool,
     results = []
     for one in outputs:
         target, images, problems = out / one.folder / one.name, {}, []
-        sha256 = _sha256(target, (len(one.slices),) * volumes + (size, size))
-        whole = sha256 and one.sha256 in ("", sha256)
+        digest = _digest(target, (len(one.slices),) * volumes + (size, size))
+        whole = digest and one.sha256 in ("", digest)
         if not whole:
             target.unlink(missing_ok=True)
         for source in [] if whole else one.slices:
@@ -101,18 +101,18 @@ def convert(outputs: list[Output], out: Path, size: int, volumes: bool,
         if images:
             with atomic(target) as temporary, open(temporary, "wb") as file:
                 np.save(file, np.stack(list(images.values())) if volumes else images[kept[0]])
-            sha256 = hashlib.sha256(target.read_bytes()).hexdigest()
+            digest = sha256(target)
         if kept and not trust and (found := doubt(np.load(target, mmap_mode="r"))):
             problems.append((kept[0].path, "warning", found[1]))
-        results.append((kept, sha256 if kept else "", problems))
+        results.append((kept, digest if kept else "", problems))
     return results
 
 
-def _sha256(target, shape):
-    # Of an output; empty where it is not there, or is no array of that shape
+def _digest(target, shape):
+    # SHA-256 of an output; empty where it is not there, or is no array of that shape
     with suppress(Refused):
         array = open_array(target)
-        return hashlib.sha256(target.read_bytes()).hexdigest() if (array.shape, array.dtype) == (shape, "i2") else ""
+        return sha256(target) if (array.shape, array.dtype) == (shape, "i2") else ""
     return ""
 
 
@@ -160,13 +160,13 @@ def write_all(outputs: list[Output], out: Path, shown: dict[str, str], options: 
     series = {uid: pseudonym(uid, "series", True) if options["keep_names"] else f"series-{number}"
               for number, uid in enumerate(uids, 1)}
     rows = defaultdict(list)
-    for one, (kept, sha256, found) in _convert_all(outputs, out, options["size"], options["volumes"], trust, workers):
+    for one, (kept, digest, found) in _convert_all(outputs, out, options["size"], options["volumes"], trust, workers):
         problems += found
         rows[one.folder] += [
             (one.name, one.patient, index, series[s.series],
              "" if s.position is None else round(s.position, 4),
              "" if s.spacing is None else round(s.spacing * s.size / options["size"], 6),
-             hide(s.kernel), hide(shown[s.path]), sha256) for index, s in enumerate(kept)]
+             hide(s.kernel), hide(shown[s.path]), digest) for index, s in enumerate(kept)]
     for folder, lines in sorted(rows.items()):
         write_table(out / folder / "manifest.csv", COLUMNS, sorted(lines, key=lambda line: (line[0], line[2])))
         print(f"{out / folder}: {len(lines)} slices of {len({line[1] for line in lines})} patient(s)")

@@ -1,11 +1,11 @@
 """Where weights are: known names, files, and Hugging Face. Needs no PyTorch."""
 
-import hashlib
 import re
 import sys
 from pathlib import Path
 
 from utils.errors import InputError
+from utils.files import sha256
 
 # name: (file or address, its SHA-256 where it is known). The published weights were never fetched for this table.
 KNOWN = {
@@ -31,8 +31,7 @@ def find_checkpoint(name: str) -> Path:
     else:
         path, revision = _from_hub(address)
     if expected or revision:
-        with open(path, "rb") as file:
-            found = hashlib.file_digest(file, "sha256").hexdigest()
+        found = sha256(path)
         if expected not in (None, found):
             raise InputError(f"{name} is {path}, whose SHA-256 {found} is not {expected}; restore or download it, "
                              "or give the path of a file of your own.")

@@ -63,12 +63,15 @@ def writing(out: Path):
                       f"is whole: {advice} and repeat the command to go on from there.") from error
 
 
+def sha256(path: Path) -> str:
+    """SHA-256 of a file's content, hexadecimal."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def hash16(data: bytes | Path) -> str:
-    """16 hexadecimal digits of the SHA-256 of bytes, or of a file's content."""
-    if isinstance(data, Path):
-        with open(data, "rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()[:16]
-    return hashlib.sha256(data).hexdigest()[:16]
+    """The first 16 hexadecimal digits of the SHA-256 of bytes, or of a file's content."""
+    return (sha256(data) if isinstance(data, Path) else hashlib.sha256(data).hexdigest())[:16]
 
 
 def write_table(path: Path, header, rows) -> None:
