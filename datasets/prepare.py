@@ -10,7 +10,6 @@ something was refused (the rest is written) or nothing could be done.
 """
 
 import argparse
-import hashlib
 import json
 import os
 import re
@@ -74,7 +73,7 @@ def split_patients(patients: list[str], split: list[str], seed: int) -> dict[str
     counts = [max(1, round(shares[part] * len(patients))) if part in wanted else 0 for part in range(3)]
     if wanted:
         counts[wanted[0]] += len(patients) - sum(counts)
-    order = sorted(patients, key=lambda patient: hashlib.sha256(f"{seed} {patient}".encode()).hexdigest())
+    order = sorted(patients, key=lambda patient: hash16(f"{seed} {patient}"))
     return dict(zip(order, np.repeat(SPLITS, counts).tolist(), strict=True))
 
 
@@ -124,8 +123,7 @@ def check_resume(out: Path, outputs: list[Output], shown: dict[str, str], option
     plan, record = {}, out / "prepare.json"
     for one in outputs:
         names, contents = [f"{shown[s.path]} {s.frame}" for s in one.slices], [s.content for s in one.slices]
-        plan[f"{one.folder}/{one.name}"] = [hash16("\n".join(texts).encode(errors="backslashreplace"))
-                                            for texts in (names, contents)]
+        plan[f"{one.folder}/{one.name}"] = [hash16("\n".join(texts)) for texts in (names, contents)]
     before = {"options": options, "outputs": {}} | (described(out, record.name) or {})
     if not all(isinstance(before[key], dict) for key in ("options", "outputs")):
         raise RunFolderError(f"{record} is damaged; restore it, or choose another --out.")

@@ -215,6 +215,6 @@ def split_by_patient(files: list[Path], fraction: float, seed: int = 0,
 
 def fingerprint(files: list[Path], slices: np.ndarray) -> str:
     """Hash of names and contents, to notice data that changed between two runs."""
-    digest = hashlib.sha256("\n".join(f.name for f in files).encode())
+    digest = hashlib.sha256("\n".join(f.name for f in files).encode(errors="backslashreplace"))
     digest.update(np.ascontiguousarray(slices))
     return digest.hexdigest()[:16]

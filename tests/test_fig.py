@@ -128,6 +128,12 @@ def test_an_evaluation_draws_what_is_asked_and_nothing_twice(go, tmp_path):
     before = times()
     go()
     assert times() == before
+    go("--views", 54)
+    changed = {name for name, when in times().items() if when != before.get(name)}
+    assert changed == {f"{name}.{kind}" for name in ("comparison_54views", "psnr_views", "psnr_calls")
+                       for kind in ("png", "pdf")}, "what is asked of 18 and 36 views is there"
+    before = times()
+    tables = {path: path.read_bytes() for path in tables}
     go("--display-window", "bone", "--slice", "E_003", "--roi", "0,0,8,4")
     changed = {name for name, when in times().items() if when != before[name]}
     assert changed == {f"comparison_{n}views.{kind}" for n in (18, 36) for kind in ("png", "pdf")}

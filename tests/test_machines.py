@@ -130,13 +130,13 @@ def test_a_bit_that_flips_in_a_state_is_noticed_or_does_not_matter(tmp_path, cap
         damaged = bytearray(whole)
         damaged[bit // 8] ^= 1 << bit % 8
         path.write_bytes(damaged)
-        _, found = newest_state(tmp_path, "cpu")
+        _, found = newest_state(tmp_path)
         noticed += found is None
         assert found is None or found["seen"] == 8 and torch.equal(found["network"]["weight"],
                                                                    content["network"]["weight"])
     assert noticed > 150 and "cannot be read" in capsys.readouterr().err
     path.write_bytes(whole[:2000] + bytes(1000) + whole[3000:])
-    assert newest_state(tmp_path, "cpu") == (None, None)
+    assert newest_state(tmp_path) == (None, None)
 
 
 def test_damaged_rows_are_done_again(tmp_path, capsys):

@@ -359,3 +359,6 @@ def test_truth_for_evaluation(tmp_path, patient):
     again = tmp_path / "again"
     with pytest.raises(SystemExit):
         evaluation.main([*argv, str(again), "--photons", "1e5"])
+    (out / "test_img/manifest.csv").write_text("file,patient,index\n" + "".join(f"{f.name},A,99\n" for f in files))
+    with pytest.raises(SystemExit):
+        evaluation.main([*argv, str(again)])

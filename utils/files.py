@@ -69,9 +69,12 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def hash16(data: bytes | Path) -> str:
-    """The first 16 hexadecimal digits of the SHA-256 of bytes, or of a file's content."""
-    return (sha256(data) if isinstance(data, Path) else hashlib.sha256(data).hexdigest())[:16]
+def hash16(data: str | bytes | Path) -> str:
+    """The first 16 hexadecimal digits of the SHA-256 of text (a file's name may be none), bytes or a file's content."""
+    if isinstance(data, Path):
+        return sha256(data)[:16]
+    data = data.encode(errors="backslashreplace") if isinstance(data, str) else data
+    return hashlib.sha256(data).hexdigest()[:16]
 
 
 def write_table(path: Path, header, rows) -> None:

@@ -46,16 +46,14 @@ def save_state(out: Path, seen: int, content: dict) -> None:
         old.unlink()
 
 
-def newest_state(out: Path, device: str):
-    """(path, content) of the newest whole state, or (None, None); a damaged one is named and passed over."""
+def newest_state(out: Path):
+    """(path, content on the CPU) of the newest whole state, or (None, None); a damaged one is named and passed over."""
     for path in sorted(out.glob("state-*.pt"), reverse=True):
         try:
             check_state(path)
-            torch.load(path, map_location="cpu", weights_only=True)
+            return path, torch.load(path, map_location="cpu", weights_only=True)
         except Exception as error:  # a truncated zip fails in many ways, and an older state serves
             print(f"{path.name} cannot be read ({type(error).__name__}); trying the one before.", file=sys.stderr)
-        else:
-            return path, torch.load(path, map_location=device, weights_only=True)  # may fail: the file is whole
     return None, None
 
 
