@@ -129,8 +129,8 @@ def check_resume(out: Path, outputs: list[Output], shown: dict[str, str], option
         raise RunFolderError(f"{record} is damaged; restore it, or choose another --out.")
     check(out, options, "set of slices", before=before["options"])
     there = [f"{path.parent.name}/{path.name}" for part in SPLITS for path in (out / f"{part}_img").glob("*.npy")]
-    made_of = {name: [*map(str, before["outputs"].get(name) or [""])] for name in there}
-    if other := [name for name in there if name not in plan or plan[name][0] != made_of[name][0]]:
+    made_of = {name: found for name, found in before["outputs"].items() if isinstance(found, list)}
+    if other := [name for name in there if name not in plan or plan[name][:1] != made_of.get(name, [])[:1]]:
         raise RunFolderError(f"{out} holds {len(other)} file(s) made from other input, such as {min(other)}; choose "
                              "another --out.")
     for name in there:

@@ -143,10 +143,11 @@ def test_damaged_rows_are_done_again(tmp_path, capsys):
     rows = [{"file": f"A_{i}.npy", "patient": "A", "method": "fbp", "views": 18, "width": 3000, "centre": 500,
              "psnr": "30.25", "ssim": "0.9", "rmse_hu": "10.5", "vif": "0.5", "nfe": 0, "seconds_per_slice": "0.1",
              "peak_gib": "0.2"} for i in range(20)]
-    about, out = {"windows": [[3000, 500]]}, tmp_path / "out"
+    about = {"methods": ["fbp"], "views": [18], "levels": {}, "windows": [[3000, 500]]}
+    out = tmp_path / "out"
     open_results(out, about)
     append(out, 0, rows)
-    expected = open_results(out, about)
+    _, expected = open_results(out, about)
     assert [row["file"] for (row,) in expected.values()] == [row["file"] for row in rows]
     path, rng = out / "results.csv", random.Random(0)
     whole = path.read_bytes()
