@@ -30,8 +30,7 @@ PACKED = re.compile(r".*\.(zip|tar|tgz|tar\.gz|7z|rar)", re.I)
 
 
 @time_limit()
-def examine(path: str, derived: bool = False,
-            trust: bool = False) -> tuple[list[Slice], list[Problem], list[Slice]]:
+def examine(path: str, derived: bool = False, trust: bool = False) -> tuple[list[Slice], list[Problem], list[Slice]]:
     """(the slices of a file, what is wrong with it, one whose patient is to be hidden). derived, trust: as of `scan`.
 
     A file that cannot be used may still tell the name of a patient, which its path repeats.
@@ -82,8 +81,7 @@ def find_files(inputs: list[str], out: Path) -> tuple[dict[str, str], list[Probl
     return dict(sorted(files.items())), problems
 
 
-def read_headers(inputs: list[str], out: Path, workers: int,
-                 derived: bool = False,
+def read_headers(inputs: list[str], out: Path, workers: int, derived: bool = False,
                  trust: bool = False) -> tuple[list[Slice], dict[str, str], list[Problem], list[Slice]]:
     """(slices, {path: how it is shown}, problems, slices with all patients to be hidden) of all files below the inputs.
 

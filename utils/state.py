@@ -61,9 +61,9 @@ def check_state(path: Path) -> None:
     """Raises BadZipFile where a state is not as it was written. PyTorch compares nothing."""
     content = memoryview(path.read_bytes())
     body, end = content[:-len(MARK) - 64], content[-len(MARK) - 64:]
-    if end[:len(MARK)] != MARK:  # written by an older version
+    if end[:len(MARK)] != MARK:  # written by an older version: nothing comes after the zip's end, nor half a mark
         with ZipFile(path) as file:
-            if damaged := file.testzip():
-                raise BadZipFile(damaged)
+            if content[-22:-18] != b"PK\5\6" or file.testzip():
+                raise BadZipFile("damaged")
     elif hashlib.sha256(body).hexdigest().encode() != end[len(MARK):]:
         raise BadZipFile("another SHA-256")

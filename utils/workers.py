@@ -40,6 +40,11 @@ def parallel(function, tasks: list, workers: int, title: str, chunk: int = 8) ->
     context = multiprocessing.get_context("spawn" if spawn else "forkserver")
     module = getattr(function, "func", function).__module__  # of a partial, that of what it calls
     context.set_forkserver_preload([module, "utils.cli"])  # a process starts in milliseconds
+    if not spawn:  # what is born ignores Ctrl-C from the start, before it comes to `_begin`
+        from multiprocessing.forkserver import ensure_running
+        before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+        ensure_running()
+        signal.signal(signal.SIGINT, before)
     own = threading.local()  # a process a thread: it is clear whose tasks killed it, and the other processes go on
 
     def run(part):
