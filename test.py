@@ -7,7 +7,6 @@ torchrun the slices are shared out.
 """
 
 import argparse
-import csv
 import json
 import math
 import os
@@ -146,24 +145,18 @@ def write_tables(done, names, patients, run, again, args) -> list[dict]:
         if counts := [row[f"{name}_slices"] for row in summary if f"{name}_slices" in row]:
             notes.append(f"{metric.label} is not a number for up to {len(patients) - min(counts)} slices, which are "
                          "left out of its means.")
-    notes += held_out(args.out, run)
+    left = {}
+    for (_, method, n), rows in done.items():
+        if rows[0]["held_out"]:
+            left.setdefault((method, n), []).append(float(rows[0]["held_out"]))
+    notes += [f"Measured views that were not used, {n} views by {method}: {mean(shares):.2%} unexplained."
+              for (method, n), shares in left.items()]
     text = table(summary, notes)
     for path, content in (("table.md", text + "\n"), ("table.tex", latex(text))):
         with atomic(args.out / path) as partial:
             partial.write_text(content, encoding="utf-8")
     print(text)
     return summary
-
-
-def held_out(out: Path, run: dict) -> list[str]:
-    """Notes on the residual of measured views that were not used: mean over slices."""
-    from models.evaluation import HELD_OUT
-
-    path, left = out / HELD_OUT, {}
-    for row in csv.reader(path.read_text(encoding="utf-8").splitlines()) if path.is_file() else ():
-        left.setdefault(tuple(row[1:3]), {})[row[0]] = float(row[3])
-    return [f"Measured views that were not used, {views} views by {method}: {mean(slices.values()):.2%} unexplained."
-            for (method, views), slices in left.items() if method in run["methods"] and int(views) in run["views"]]
 
 
 @script

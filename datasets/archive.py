@@ -1,18 +1,10 @@
 """Folders and files of any layout: which files there are, which slices they hold, whose these are."""
 
-import faulthandler
-import multiprocessing
 import os
 import re
 import secrets
-import signal
 import stat
-import tempfile
-import threading
 from collections import Counter
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
-from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import partial
 from itertools import groupby
@@ -24,13 +16,10 @@ from datasets.plausible import not_data
 from datasets.privacy import pseudonymizer
 from datasets.series import LeftOut, Problem, Refused, Slice, order_series, split_series
 from datasets.slices import KNOWN, number_in, patient_of, patients_of, read_manifest, told_patients, unsure
-from utils.errors import InputError
+from utils.errors import InputError, printable
 from utils.files import hash16
-from utils.progress import Progress
+from utils.workers import DIED, parallel, time_limit
 
-LIMIT = 300  # seconds a file: a decoder that takes longer hangs
-DIED = "crashed its reader, or kept it busy for over five minutes"
-MOST_WORKERS = 64  # each takes eight open files, and many systems allow 1024
 OWN_SPLITS = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}  # of an archive
 # What comes with images and holds none, by name: of systems, viewers, discs and data sets. Content goes first.
 COMPANIONS = re.compile(
@@ -40,62 +29,8 @@ COMPANIONS = re.compile(
 PACKED = re.compile(r".*\.(zip|tar|tgz|tar\.gz|7z|rar)", re.I)
 
 
-@contextmanager
-def time_limit(seconds: float = LIMIT):
-    """Ends this process where the block takes longer: nothing gentler stops a decoder that hangs in compiled code."""
-    with open(os.devnull, "wb") as silent:  # takes the traceback that comes with it
-        faulthandler.dump_traceback_later(seconds, exit=True, file=silent)
-        try:
-            yield
-        finally:
-            faulthandler.cancel_dump_traceback_later()
-
-
-def parallel(function, tasks: list, workers: int, title: str, chunk: int = 8) -> list:
-    """[function(task) for task in tasks] over processes; None for a task whose process died: decoders can crash.
-
-    function: of a module, and it sets its own time limit. What it raises is raised here. A process gets up to `chunk`
-    tasks at a time, as a message costs about as much as reading a header. Where it dies, they are tried one by one.
-    """
-    workers = min(workers, MOST_WORKERS)
-    chunk = max(1, min(chunk, len(tasks) // (4 * workers)))
-    spawn = os.name == "nt" or len(tempfile.gettempdir()) > 70  # a socket there may have a name of 107 characters
-    context = multiprocessing.get_context("spawn" if spawn else "forkserver")
-    context.set_forkserver_preload(["datasets.archive", "utils.cli"])  # a process starts in milliseconds
-    own = threading.local()  # a process a thread: it is clear whose tasks killed it, and the other processes go on
-
-    def run(part):
-        try:
-            if not hasattr(own, "process"):
-                own.process = processes.enter_context(ProcessPoolExecutor(1, context, initializer=_begin))
-            return list(own.process.map(function, part, chunksize=len(part)))
-        except BrokenProcessPool:
-            own.process.shutdown()
-            del own.process
-            return [None] if len(part) == 1 else [answer for task in part for answer in run([task])]
-
-    results, parts = [], [tasks[k : k + chunk] for k in range(0, len(tasks), chunk)]
-    with ExitStack() as processes, ThreadPoolExecutor(workers) as threads:
-        bar = processes.enter_context(Progress(total=len(tasks), desc=title, unit="file"))
-        for answers in threads.map(run, parts):
-            results += answers
-            bar.update(len(answers))
-    return results
-
-
-def _begin():
-    # Ctrl-C reaches all processes: the parent waits until the others have done what they are at. A parent that is
-    # killed cannot tell them to end, so they watch it. What decoders in compiled code print of each damaged byte goes
-    # nowhere: the report names the file.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    with open(os.devnull, "wb") as silent:
-        os.dup2(silent.fileno(), 2)
-    threading.Thread(target=lambda: (multiprocessing.parent_process().join(), os._exit(1)), daemon=True).start()
-
-
 @time_limit()
-def examine(path: str, derived: bool = False,
-            trust: bool = False) -> tuple[list[Slice], list[Problem], list[Slice]]:
+def examine(path: str, derived: bool = False, trust: bool = False) -> tuple[list[Slice], list[Problem], list[Slice]]:
     """(the slices of a file, what is wrong with it, one whose patient is to be hidden). derived, trust: as of `scan`.
 
     A file that cannot be used may still tell the name of a patient, which its path repeats.
@@ -146,8 +81,7 @@ def find_files(inputs: list[str], out: Path) -> tuple[dict[str, str], list[Probl
     return dict(sorted(files.items())), problems
 
 
-def read_headers(inputs: list[str], out: Path, workers: int,
-                 derived: bool = False,
+def read_headers(inputs: list[str], out: Path, workers: int, derived: bool = False,
                  trust: bool = False) -> tuple[list[Slice], dict[str, str], list[Problem], list[Slice]]:
     """(slices, {path: how it is shown}, problems, slices with all patients to be hidden) of all files below the inputs.
 
@@ -260,8 +194,8 @@ def find_series(path: Path, out: Path, number: int | None = None,
                           for i, (group, folder) in enumerate(zip(groups, folders, strict=True), 1))
         raise InputError(f"{path} holds {len(groups)} series ({names}); choose one by --series.")
     kept, more = order_series(groups[(number or 1) - 1])
-    names = [hide(shown[one.path]) + (f", frame {one.frame}" if one.frame else "") for one in kept]
-    return kept, names, [(hide(shown.get(name, name)), *rest) for name, *rest in problems + more]
+    names = [printable(hide(shown[one.path])) + (f", frame {one.frame}" if one.frame else "") for one in kept]
+    return kept, names, [(printable(hide(shown.get(name, name))), *rest) for name, *rest in problems + more]
 
 
 def _about(group):

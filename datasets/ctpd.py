@@ -28,10 +28,10 @@ from pathlib import Path
 import numpy as np
 import pydicom
 
-from datasets.archive import DIED, parallel
 from datasets.privacy import pseudonym
 from datasets.series import Refused, refuse_on_error
 from datasets.slices import evenly_spaced
+from utils.workers import DIED, parallel
 
 FIELDS = {"number": 0x00200013, "slope": 0x00281053, "intercept": 0x00281052, "position": 0x00185100,
           "diameter": 0x00180090, "patient": 0x00100020, "pitch": 0x70291002, "row_pitch": 0x70291006,

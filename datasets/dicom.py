@@ -12,20 +12,12 @@ from io import BytesIO
 
 import numpy as np
 import pydicom
+from pydicom import uid
 from pydicom.encaps import generate_frames
 from pydicom.filereader import _read_file_meta_info, read_preamble
 from pydicom.filewriter import write_file_meta_info
 from pydicom.multival import MultiValue
 from pydicom.tag import Tag
-from pydicom.uid import (
-    DeflatedExplicitVRLittleEndian,
-    ExplicitVRLittleEndian,
-    ImplicitVRLittleEndian,
-    JPEGExtended12Bit,
-    JPEGLosslessSV1,
-    MediaStorageDirectoryStorage,
-    RLELossless,
-)
 
 from datasets.privacy import ways_to_write
 from datasets.series import LeftOut, Refused, Slice, refuse_on_error
@@ -139,24 +131,21 @@ def read_hu(path: str) -> np.ndarray:
         raise Refused(f"decodes to {words.shape}, its header says {len(slices)} slices of {slices[0].size} pixels")
     bits = min(dataset.BitsStored, 8 * words.itemsize)
 
-    def hu(one, image):
-        stored, meant = stored_numbers(image, bits, signed, one.slope, one.intercept)
-        return standard_axial(to_hu(stored, one.slope, one.intercept, padding, meant), one.orientation)
-
     volume = np.empty(words.shape, np.float32)
     for index, one in enumerate(slices):
-        volume[index] = hu(one, words[index])
+        stored, meant = stored_numbers(words[index], bits, signed, one.slope, one.intercept)
+        volume[index] = standard_axial(to_hu(stored, one.slope, one.intercept, padding, meant), one.orientation)
     return volume
 
 
 def _check_streams(dataset, frames):
     # Decoders take as much memory as a stream says that it needs: it must be as large as the header says.
     syntax = dataset.file_meta.TransferSyntaxUID
-    if syntax == JPEGExtended12Bit:  # GDCM reads its 12 bits, too, but pydicom lets it only under another name
-        dataset.file_meta.TransferSyntaxUID = JPEGLosslessSV1
+    if syntax == uid.JPEGExtended12Bit:  # GDCM reads its 12 bits, too, but pydicom lets it only under another name
+        dataset.file_meta.TransferSyntaxUID = uid.JPEGLosslessSV1
     table = dataset.get("ExtendedOffsetTable") and (dataset.ExtendedOffsetTable, dataset.ExtendedOffsetTableLengths)
     for frame in generate_frames(dataset.PixelData, number_of_frames=frames, extended_offsets=table):
-        if syntax != RLELossless and stream_shape(frame) != (dataset.Rows, dataset.Columns, 1):
+        if syntax != uid.RLELossless and stream_shape(frame) != (dataset.Rows, dataset.Columns, 1):
             raise Refused(f"holds a compressed image of other than its {dataset.Rows} x {dataset.Columns} grey pixels")
 
 
@@ -216,7 +205,7 @@ def _read(path, with_pixels):
     dataset = pydicom.dcmread(inflated or path, defer_size=None if with_pixels or inflated else 1024, force=True)
     if "TransferSyntaxUID" not in dataset.file_meta:
         implicit = dataset.original_encoding[0]
-        dataset.file_meta.TransferSyntaxUID = ImplicitVRLittleEndian if implicit else ExplicitVRLittleEndian
+        dataset.file_meta.TransferSyntaxUID = uid.ImplicitVRLittleEndian if implicit else uid.ExplicitVRLittleEndian
     return dataset, len(inflated.getbuffer()) if inflated else os.path.getsize(path)
 
 
@@ -225,12 +214,12 @@ def _inflated(path):
     with open(path, "rb") as file:
         read_preamble(file, force=True)
         meta = _read_file_meta_info(file)
-        if meta.get("TransferSyntaxUID") != DeflatedExplicitVRLittleEndian:
+        if meta.get("TransferSyntaxUID") != uid.DeflatedExplicitVRLittleEndian:
             return None
         content = zlib.decompressobj(-zlib.MAX_WBITS).decompress(file.read(), MOST_INFLATED)
     if len(content) == MOST_INFLATED:
         raise Refused(f"is deflated and holds over {MOST_INFLATED >> 20} MiB, which is the limit")
-    meta.TransferSyntaxUID = ExplicitVRLittleEndian
+    meta.TransferSyntaxUID = uid.ExplicitVRLittleEndian
     buffer = BytesIO()
     buffer.write(bytes(128) + b"DICM")
     write_file_meta_info(buffer, meta, enforce_standard=False)
@@ -268,7 +257,7 @@ def _slices(path, dataset, size, derived, patient, names):
 
 
 def _check_kind(dataset):
-    if dataset.file_meta.get("MediaStorageSOPClassUID") == MediaStorageDirectoryStorage:
+    if dataset.file_meta.get("MediaStorageSOPClassUID") == uid.MediaStorageDirectoryStorage:
         raise LeftOut("is a DICOMDIR, an index of other files")
     if "EncryptedAttributesSequence" in dataset:
         raise Refused("has encrypted attributes: decrypt it first")

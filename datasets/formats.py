@@ -123,12 +123,22 @@ def _place(header, shape):
     return np.diag([MM.get(int(header["xyzt_units"]) & 7, 1.0)] * 3 + [1]) @ affine, odd
 
 
-@lru_cache(maxsize=1)  # the slices of a volume are asked for one after the other
 def load(path: str) -> np.ndarray:
     """All slices of a file of any format: (N, H, W) HU, not yet clipped. Raises Refused or LeftOut."""
-    if path.lower().endswith(NIFTI):
-        return _read_nifti(path)[0][::-1, ::-1].transpose(2, 1, 0)  # slices are (head, back, left)
-    return _load_array(path) if path.lower().endswith(ARRAYS) else dicom.read_hu(path)
+    found = _load(path)
+    if isinstance(found, Refused):
+        raise found
+    return found
+
+
+@lru_cache(maxsize=1)  # the slices of a volume are asked for one after the other; why there are none, too
+def _load(path):
+    try:
+        if path.lower().endswith(NIFTI):
+            return _read_nifti(path)[0][::-1, ::-1].transpose(2, 1, 0)  # slices are (head, back, left)
+        return _load_array(path) if path.lower().endswith(ARRAYS) else dicom.read_hu(path)
+    except Refused as error:
+        return error
 
 
 @refuse_on_error("cannot be read; is it truncated or damaged?")

@@ -25,14 +25,14 @@ def load_slices(data, val_fraction: float, val_slices: int, seed: int, multiple:
     one_folder = train[0].parent == Path(data)
     train, val = (split_by_patient(train, val_fraction, seed, source) if one_folder
                   else (train, find_slices(data, "val")))
-    splits, prints, owners, left = [], [], [], []
+    splits, prints, owners, seen = [], [], [], None
     for files, part in ((train, "train"), (val, "validate")):
         files, hu = read_slices(files, multiple, strict, trust)
         if val_slices and splits:
             chosen = evenly_spaced(len(hu), val_slices)
             files, hu = [files[i] for i in chosen], hu[chosen]
         owners.append(set(patients_of(files, source)))
-        left.append(traces(files, hu, source))
+        seen = seen or traces(files, hu, source)
         print(f"{len(files)} slices of {len(owners[-1])} patient(s) {part}.")
         for text in remarks(files, hu) if source is None else ():
             print(f"Warning: {text}")
@@ -41,7 +41,7 @@ def load_slices(data, val_fraction: float, val_slices: int, seed: int, multiple:
     if common := owners[0] & owners[1]:
         print(f"Warning: {len(common)} patient(s) train and validate, such as {printable(min(common))}; validation "
               "looks better than it is.")
-    return *splits, prints, left[0]
+    return *splits, prints, seen
 
 
 def batches(count: int, batch: int, images: int):

@@ -3,7 +3,6 @@
 DIR holds train_img/, val_img/, test_img/ or is one folder of .npy files: HU slices (H, H) or volumes (N, H, H).
 """
 
-import hashlib
 import sys
 from collections import Counter, defaultdict
 from pathlib import Path
@@ -15,8 +14,8 @@ from datasets.plausible import doubt
 from datasets.series import Refused
 from datasets.slices import number_in, open_array, patients_of, read_manifest, unsure
 from utils.cli import Parser, script
-from utils.errors import InputError
-from utils.files import atomic
+from utils.errors import InputError, printable
+from utils.files import atomic, sha256
 from utils.progress import Progress
 from utils.units import HU_RANGE
 
@@ -67,14 +66,14 @@ def look(folder: Path) -> tuple[list[str], list[tuple[Path, str, str]], list[np.
         odd += [f"{path.name} {reason}" for reason in reasons]
         if hu is None:
             continue
-        found.append((path, patient, hashlib.sha256(path.read_bytes()).hexdigest()))
+        found.append((path, patient, sha256(path)))
         slices[patient] += len(hu) if hu.ndim == 3 else 1
         sizes[f"{hu.shape[-2]} x {hu.shape[-1]} {hu.dtype}"] += 1
         counts += np.histogram(np.clip(hu, *HU_RANGE), BANDS)[0]
         if index in wanted:
             chosen.append(np.asarray(hu[len(hu) // 2] if hu.ndim == 3 else hu, np.float32))
     rows = {row["file"]: row for row in reversed(read_manifest(folder))}  # of a volume, the row of its first slice
-    print(f"\n{folder}: {slices.total()} slices in {len(files)} files of {len(slices)} patients")
+    print(f"\n{printable(str(folder))}: {slices.total()} slices in {len(files)} files of {len(slices)} patients")
     if slices:
         numbers = list(slices.values())
         print(f"  slices a patient: {min(numbers)} to {max(numbers)}, median {np.median(numbers):g}")
@@ -126,7 +125,8 @@ def main(argv: list[str] | None = None) -> int:
     odd = sum(odds, []) + shared(sum(founds, []))
     odd += [f"{folder.name}: {text}" for folder in folders if (text := unsure(sorted(folder.glob("[!.]*.npy"))))]
     print(f"\n{len(odd)} suspicious" + (":" if odd else ""))
-    print("\n".join(f"  {line}" for line in odd[:50]) + (f"\n  and {len(odd) - 50} more" if len(odd) > 50 else ""))
+    for line in [*odd[:50], *[f"and {len(odd) - 50} more"] * (len(odd) > 50)]:
+        print(f"  {printable(line)}")
     if any(pictures):
         sheet = args.sheet or args.data / "sheet.png"
         draw_sheet({folder.name: slices for folder, slices in zip(folders, pictures, strict=True) if slices}, sheet)

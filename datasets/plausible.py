@@ -1,6 +1,8 @@
 """What can be CT in HU and what cannot: values that are in other units, label maps, files that are no data at all."""
 
+import os
 import re
+from contextlib import suppress
 
 import numpy as np
 
@@ -40,8 +42,10 @@ def doubt(hu: np.ndarray) -> tuple[str, str] | None:
 
 def not_data(path) -> str | None:
     """What a file is that stands where data should: a Git LFS pointer or a web page. None for anything else."""
-    with open(path, "rb") as file:
-        head = file.read(512).lstrip().lower()
+    head = b""
+    if os.path.isfile(path):  # a pipe would never end
+        with suppress(OSError), open(path, "rb") as file:
+            head = file.read(512).lstrip().lower()
     if head.startswith(b"version https://git-lfs"):
         return "is a Git LFS pointer, not the data: fetch them by `git lfs pull`"
     if re.match(rb"(\xef\xbb\xbf)?<(!doctype|html|head|\?xml[^>]*>\s*<!doctype html)", head):

@@ -10,13 +10,12 @@ something was refused (the rest is written) or nothing could be done.
 """
 
 import argparse
-import hashlib
 import json
 import os
 import re
 import sys
 from collections import Counter, defaultdict
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain, groupby
@@ -25,25 +24,17 @@ from pathlib import Path
 
 import numpy as np
 
-from datasets.archive import (
-    DIED,
-    OWN_SPLITS,
-    group_series,
-    name_patients,
-    parallel,
-    read_headers,
-    time_limit,
-    unsure_patients,
-)
-from datasets.formats import load, read_hu
+from datasets.archive import OWN_SPLITS, group_series, name_patients, read_headers, unsure_patients
+from datasets.formats import read_hu
 from datasets.plausible import doubt
 from datasets.privacy import pseudonym, pseudonymizer
 from datasets.series import Problem, Refused, Slice, order_series
 from datasets.slices import IF_SO, open_array, read_manifest
 from utils.cli import Parser, script
-from utils.errors import InputError, RunFolderError, Stopped
-from utils.files import atomic, hash16, write_table
-from utils.run_folder import described, lock, sweep
+from utils.errors import InputError, RunFolderError, printable
+from utils.files import atomic, hash16, sha256, write_table
+from utils.run_folder import check, described, lock, sweep
+from utils.workers import DIED, parallel, time_limit
 
 SPLITS = ("train", "val", "test")
 DEFAULT_SPLIT = ["0.8", "0.1", "0.1"]
@@ -82,7 +73,7 @@ def split_patients(patients: list[str], split: list[str], seed: int) -> dict[str
     counts = [max(1, round(shares[part] * len(patients))) if part in wanted else 0 for part in range(3)]
     if wanted:
         counts[wanted[0]] += len(patients) - sum(counts)
-    order = sorted(patients, key=lambda patient: hashlib.sha256(f"{seed} {patient}".encode()).hexdigest())
+    order = sorted(patients, key=lambda patient: hash16(f"{seed} {patient}"))
     return dict(zip(order, np.repeat(SPLITS, counts).tolist(), strict=True))
 
 
@@ -92,43 +83,35 @@ def convert(outputs: list[Output], out: Path, size: int, volumes: bool,
 
     trust: as `scan`'s. Returns for each (slices it holds, sha256, problems).
     """
-    results, failed = [], {}  # {path: why}: such a file is not decoded again for its other slices
+    results = []
     for one in outputs:
         target, images, problems = out / one.folder / one.name, {}, []
-        sha256 = _sha256(target, (len(one.slices),) * volumes + (size, size))
-        whole = sha256 and one.sha256 in ("", sha256)
+        digest = _digest(target, (len(one.slices),) * volumes + (size, size))
+        whole = digest and one.sha256 in ("", digest)
         if not whole:
             target.unlink(missing_ok=True)
         for source in [] if whole else one.slices:
             try:
-                if source.path in failed:
-                    raise failed[source.path]
                 with time_limit():
-                    load(source.path)
-            except Refused as error:
-                failed[source.path] = error
-                problems.append((source.path, error.verdict, str(error)))
-                continue
-            try:
-                images[source] = read_hu(source, size, trust)
+                    images[source] = read_hu(source, size, trust)
             except Refused as error:
                 problems.append((source.path, error.verdict, str(error)))
         kept = one.slices if whole else list(images)
         if images:
             with atomic(target) as temporary, open(temporary, "wb") as file:
                 np.save(file, np.stack(list(images.values())) if volumes else images[kept[0]])
-            sha256 = hashlib.sha256(target.read_bytes()).hexdigest()
+            digest = sha256(target)
         if kept and not trust and (found := doubt(np.load(target, mmap_mode="r"))):
             problems.append((kept[0].path, "warning", found[1]))
-        results.append((kept, sha256 if kept else "", problems))
+        results.append((kept, digest if kept else "", problems))
     return results
 
 
-def _sha256(target, shape):
-    # Of an output; empty where it is not there, or is no array of that shape
+def _digest(target, shape):
+    # SHA-256 of an output; empty where it is not there, or is no array of that shape
     with suppress(Refused):
         array = open_array(target)
-        return hashlib.sha256(target.read_bytes()).hexdigest() if (array.shape, array.dtype) == (shape, "i2") else ""
+        return sha256(target) if (array.shape, array.dtype) == (shape, "i2") else ""
     return ""
 
 
@@ -140,17 +123,14 @@ def check_resume(out: Path, outputs: list[Output], shown: dict[str, str], option
     plan, record = {}, out / "prepare.json"
     for one in outputs:
         names, contents = [f"{shown[s.path]} {s.frame}" for s in one.slices], [s.content for s in one.slices]
-        plan[f"{one.folder}/{one.name}"] = [hash16("\n".join(texts).encode(errors="backslashreplace"))
-                                            for texts in (names, contents)]
+        plan[f"{one.folder}/{one.name}"] = [hash16("\n".join(texts)) for texts in (names, contents)]
     before = {"options": options, "outputs": {}} | (described(out, record.name) or {})
     if not all(isinstance(before[key], dict) for key in ("options", "outputs")):
         raise RunFolderError(f"{record} is damaged; restore it, or choose another --out.")
-    if changed := [key for key in options if options[key] != before["options"].get(key)]:
-        raise RunFolderError(f"{out} was made with another {', '.join(changed)}; repeat those options, or choose "
-                             "another --out.")
+    check(out, options, "set of slices", before=before["options"])
     there = [f"{path.parent.name}/{path.name}" for part in SPLITS for path in (out / f"{part}_img").glob("*.npy")]
-    made_of = {name: [*map(str, before["outputs"].get(name) or [""])] for name in there}
-    if other := [name for name in there if name not in plan or plan[name][0] != made_of[name][0]]:
+    made_of = {name: found for name, found in before["outputs"].items() if isinstance(found, list)}
+    if other := [name for name in there if name not in plan or plan[name][:1] != made_of.get(name, [])[:1]]:
         raise RunFolderError(f"{out} holds {len(other)} file(s) made from other input, such as {min(other)}; choose "
                              "another --out.")
     for name in there:
@@ -160,17 +140,6 @@ def check_resume(out: Path, outputs: list[Output], shown: dict[str, str], option
         temporary.write_text(json.dumps({"options": options, "outputs": plan}), "utf-8")
 
 
-@contextmanager
-def stopped_by_disk():
-    """Turns an OSError of the block into Stopped: readers raise Refused, so it is the disk that is written to."""
-    try:
-        yield
-    except OSError as error:
-        raise Stopped(f"Stopped: writing failed ({error}). What is written is whole; the same command does the "
-                      "rest.") from error
-
-
-@stopped_by_disk()
 def write_all(outputs: list[Output], out: Path, shown: dict[str, str], options: dict, workers: int,
               problems: list[Problem], hide, trust: bool = False) -> int:
     """Convert what is missing and write manifests and report; the exit status.
@@ -189,13 +158,13 @@ def write_all(outputs: list[Output], out: Path, shown: dict[str, str], options: 
     series = {uid: pseudonym(uid, "series", True) if options["keep_names"] else f"series-{number}"
               for number, uid in enumerate(uids, 1)}
     rows = defaultdict(list)
-    for one, (kept, sha256, found) in _convert_all(outputs, out, options["size"], options["volumes"], trust, workers):
+    for one, (kept, digest, found) in _convert_all(outputs, out, options["size"], options["volumes"], trust, workers):
         problems += found
         rows[one.folder] += [
             (one.name, one.patient, index, series[s.series],
              "" if s.position is None else round(s.position, 4),
              "" if s.spacing is None else round(s.spacing * s.size / options["size"], 6),
-             hide(s.kernel), hide(shown[s.path]), sha256) for index, s in enumerate(kept)]
+             hide(s.kernel), hide(shown[s.path]), digest) for index, s in enumerate(kept)]
     for folder, lines in sorted(rows.items()):
         write_table(out / folder / "manifest.csv", COLUMNS, sorted(lines, key=lambda line: (line[0], line[2])))
         print(f"{out / folder}: {len(lines)} slices of {len({line[1] for line in lines})} patient(s)")
@@ -275,7 +244,7 @@ def prepare(inputs: list[str], out: Path, size: int, split: list[str] | None, se
     if patients_from is None and (text := unsure_patients(slices, hide)):
         if sum(part.strip("0.") != "" for part in chosen if "=" not in part and part != "own") > 1:
             raise InputError(text + IF_SO)
-        print(f"Warning: {text}", file=sys.stderr)
+        print(f"Warning: {printable(text)}", file=sys.stderr)
     outputs, notes = plan_outputs(slices, part_of, volumes, keep_names)
     options = {"size": size, "split": chosen, "seed": seed, "volumes": volumes, "keep_names": keep_names}
     options |= {"patients_from": patients_from} if patients_from else {}

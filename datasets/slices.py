@@ -53,8 +53,9 @@ def _rows(path, *version):
         header, rows = [], []
     names = [name.strip().lower() for name in header]
     if not {"file", "patient"} <= set(names):
-        print(f"{path} is ignored: it has the columns {', '.join(map(ascii, names[:9])) or 'of no table'}; expected "
-              "file and patient among them.", file=sys.stderr)
+        columns = ", ".join(map(ascii, names[:9])) or "of no table"
+        print(f"{printable(str(path))} is ignored: it has the columns {columns}; expected file and patient among them.",
+              file=sys.stderr)
         return []
     rows = [dict(zip(names, map(str.strip, from_cells(row)), strict=False)) for row in rows]
     return [row for row in rows if row.get("file") and row.get("patient")]
@@ -136,7 +137,7 @@ def read_slice(path: Path, multiple: int = 1, trust: bool = False) -> np.ndarray
     try:
         hu = open_array(path)
     except Refused as error:
-        raise InputError(f"{path.name} {os.path.isfile(path) and not_data(path) or error}.") from None
+        raise InputError(f"{path.name} {not_data(path) or error}.") from None
     hu = hu[0] if hu.ndim == 3 and len(hu) == 1 else hu
     if hu.ndim != 2 or hu.shape[0] != hu.shape[1]:
         raise InputError(f"{path.name} has shape {hu.shape}; expected one square slice.")
@@ -214,6 +215,6 @@ def split_by_patient(files: list[Path], fraction: float, seed: int = 0,
 
 def fingerprint(files: list[Path], slices: np.ndarray) -> str:
     """Hash of names and contents, to notice data that changed between two runs."""
-    digest = hashlib.sha256("\n".join(f.name for f in files).encode())
+    digest = hashlib.sha256("\n".join(f.name for f in files).encode(errors="backslashreplace"))
     digest.update(np.ascontiguousarray(slices))
     return digest.hexdigest()[:16]

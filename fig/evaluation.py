@@ -5,8 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
-from fig.figures import comparison, draw_curves, draw_points, is_drawn, one_axis, psnr_in, said
-from fig.workers import Figure, draw_together
+from fig.figures import Figure, comparison, draw_curves, draw_points, draw_together, is_drawn, one_axis, psnr_in, said
 from models.methods import LABELS
 from utils.files import hash16
 from utils.metrics import score
@@ -20,7 +19,7 @@ def draw(args, reconstructor, noise, x0, name: str, summary: list[dict]) -> None
     args: of test.py. x0: the slice `name` of the figures, (1, 1, H, H) in mu. summary: rows of all that OUT holds.
     """
     groups, asked = [of_means(args, summary)], [args.methods, name, args.roi, args.display_window]
-    key = hash16(json.dumps(asked).encode())  # the rest is the same for all that OUT holds
+    key = hash16(json.dumps(asked))  # the rest is the same for all that OUT holds
     for n in Progress(args.views, desc=f"Figures of {name}", unit="view count"):
         path = args.out / f"comparison_{n}views.png"
         if not is_drawn(path, key):
@@ -31,7 +30,7 @@ def draw(args, reconstructor, noise, x0, name: str, summary: list[dict]) -> None
 def of_means(args, summary: list[dict]) -> list[Figure]:
     """Figures of means over all slices."""
     rows = [row for row in summary if row["window"] == list(args.windows[0])]
-    label, title, key = psnr_in(args.windows[0]), f"mean over {rows[0]['slices']} slices", hash16(repr(rows).encode())
+    label, title, key = psnr_in(args.windows[0]), f"mean over {rows[0]['slices']} slices", hash16(repr(rows))
     points = [(f"{r['views']} views", LABELS[r["method"]], r["nfe"], r["psnr"]) for r in rows]
     figures = [Figure(args.out / "psnr_calls.png", key, one_axis,
                       (draw_points, title, points, "network calls a slice", label))]

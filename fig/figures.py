@@ -3,8 +3,12 @@
 Colours are those of Okabe and Ito, which colour-blind readers tell apart; shapes of points differ too.
 """
 
+import os
+import sys
+from collections.abc import Callable
 from pathlib import Path
 from textwrap import wrap
+from typing import NamedTuple
 
 import numpy as np
 from matplotlib import pyplot as plt
@@ -12,6 +16,7 @@ from matplotlib.ticker import MaxNLocator
 from PIL import Image
 
 from utils.files import atomic
+from utils.workers import parallel, time_limit
 
 COLUMN, PAGE, DPI = 3.5, 7.0, 300  # inches: a column and both columns of a paper; dots an inch of a PNG
 DISPLAY = (1500, -100)             # (width, centre) in HU of a picture where nobody says otherwise
@@ -169,3 +174,33 @@ def is_drawn(path: Path, key: str) -> bool:
             return picture.text.get("Description") == key and path.with_suffix(".pdf").is_file()
     except (OSError, AttributeError, ValueError):
         return False
+
+
+class Figure(NamedTuple):
+    """A figure to be drawn: draw(*what, **options) for `path`, a PNG. key: by which `is_drawn` knows it again."""
+
+    path: Path
+    key: str
+    draw: Callable
+    what: tuple
+    options: dict = {}
+
+
+def draw_together(groups: list[list[Figure]]) -> None:
+    """Draw what is not drawn yet, in as many processes as there are cores. One that dies costs its group alone."""
+    groups = [group for group in groups if not all(is_drawn(figure.path, figure.key) for figure in group)]
+    if not groups:
+        return
+    for group, done in zip(groups, parallel(_draw, groups, os.cpu_count() or 1, "Drawing", chunk=1), strict=True):
+        if not done:
+            print(f"Warning: a process died while it drew {', '.join(figure.path.name for figure in group)}. The same "
+                  "command draws them. All tables are written.", file=sys.stderr)
+
+
+@time_limit()
+def _draw(group: list[Figure]) -> bool:
+    """One after the other: the last one is there only if all are."""
+    for figure in group:
+        if not is_drawn(figure.path, figure.key):
+            write(figure.draw(*figure.what, **figure.options), figure.path, figure.key)
+    return True

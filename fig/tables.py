@@ -12,6 +12,7 @@ its file is named, and the exit status is 1.
 
 import json
 import re
+from functools import partial
 from pathlib import Path
 from textwrap import wrap
 
@@ -76,9 +77,9 @@ def at_views(rows: list[dict], views: list[int], name: str = "psnr") -> list[flo
     return [found[n,][name] if (n,) in found else None for n in views]
 
 
-def cell(value: float | None, form: str = ".2f") -> str:
-    """A number, or nothing."""
-    return "" if value is None else format(value, form)
+def cell(value: float | int | str | None, form: str = ".2f") -> str:
+    """A number, text or nothing. form: of numbers that are not whole."""
+    return "" if value is None else format(value, form) if isinstance(value, float) else str(value)
 
 
 def summary(rows: list[dict]) -> list[str]:
@@ -98,7 +99,7 @@ def consistency(rows: list[dict]) -> list[str]:
         options = (f", `--levels {' '.join(map(str, levels))}`" if levels else "") + (
             f", `--semantic-budget {budget}`" if budget else "")
         calls = [f"{calls:.1f}".removesuffix(".0") for calls in at_views(group, views, "nfe") if calls is not None]
-        lines.append([method + options, cell(dc, "d"), *(cell(psnr) for psnr in at_views(group, views)),
+        lines.append([method + options, cell(dc), *(cell(psnr) for psnr in at_views(group, views)),
                       calls[0] if len(set(calls)) == 1 else " / ".join(calls)])
     return markdown(["method", "iterations", *(f"{n} views" for n in views), "calls"], lines)
 
@@ -177,34 +178,20 @@ def gains(rows: list[dict]) -> list[str]:
     return markdown(["part", *(f"{n} views" for n in views)], lines)
 
 
-def hops(rows: list[dict]) -> list[str]:
-    """A line for each number of hops."""
-    views = column(rows, "views")
-    return markdown(["hops", "images", *(f"{n} views" for n in views)],
-                    [[str(count), str(images), *(cell(psnr) for psnr in at_views(group, views))]
-                     for (count, images), group in grouped(rows, "hops", "images").items()])
+def crossed(rows: list[dict], names: tuple[str, ...], across: tuple[str, ...], heading: str,
+            last: tuple[str, ...] = ()) -> list[str]:
+    """A line for each values of `names`, which ends with those of `last`, and a column of PSNR for each of `across`.
 
-
-def reference(rows: list[dict]) -> list[str]:
-    """A line for each recipe, method and iterations: compute and PSNR on validation and test slices."""
-    columns = list(grouped(rows, "split", "views"))
-    lines = []
-    for (recipe, method, dc), group in grouped(rows, "recipe", "method", "dc").items():
-        found = unique(group, "split", "views")
-        lines.append([recipe, method, cell(dc, "d"), cell(group[0].get("pflop")),
-                      *(cell(found.get(key, {}).get("psnr")) for key in columns), group[0].get("commit", "")])
-    return markdown(["recipe", "method", "iterations", "PFLOP", *(f"{split} {n}" for split, n in columns), "commit"],
+    heading: of such a column, a format of its values.
+    """
+    columns, lines = list(grouped(rows, *across)), []
+    for values, group in grouped(rows, *names).items():
+        found = unique(group, *across)
+        lines.append([*map(cell, values), *(cell(found.get(key, {}).get("psnr")) for key in columns),
+                      *(cell(group[0].get(name)) for name in last)])
+    called = {"dc": "iterations", "pflop": "PFLOP"}
+    return markdown([*(called.get(name, name) for name in names), *(heading.format(*key) for key in columns), *last],
                     lines)
-
-
-def robustness(rows: list[dict]) -> list[str]:
-    """A line for each measurement and view count, a column for each checkpoint and method."""
-    columns = list(grouped(rows, "checkpoint", "method"))
-    lines = []
-    for (measurement, n), group in grouped(rows, "measurement", "views").items():
-        found = unique(group, "checkpoint", "method")
-        lines.append([measurement, str(n), *(cell(found.get(key, {}).get("psnr")) for key in columns)])
-    return markdown(["measurement", "views", *(f"{checkpoint}: {method}" for checkpoint, method in columns)], lines)
 
 
 def sampling(rows: list[dict]) -> list[str]:
@@ -215,6 +202,7 @@ def sampling(rows: list[dict]) -> list[str]:
           cell(r.get("psnr_difference"), "+.3f")] for r in rows])
 
 
+ROBUSTNESS = partial(crossed, names=("measurement", "views"), across=("checkpoint", "method"), heading="{}: {}")
 TABLES = {  # mark: (file in docs/results, its table)
     "test": ("test", summary),
     "sample": ("sample", summary),
@@ -222,10 +210,11 @@ TABLES = {  # mark: (file in docs/results, its table)
     "any-views": ("any-views", any_views),
     "ablation": ("ablation", ablation),
     "gains": ("ablation", gains),
-    "hops": ("hops", hops),
-    "reference": ("reference", reference),
-    "robustness": ("robustness", robustness),
-    "size": ("size", robustness),
+    "hops": ("hops", partial(crossed, names=("hops", "images"), across=("views",), heading="{} views")),
+    "reference": ("reference", partial(crossed, names=("recipe", "method", "dc", "pflop"), across=("split", "views"),
+                                       heading="{} {}", last=("commit",))),
+    "robustness": ("robustness", ROBUSTNESS),
+    "size": ("size", ROBUSTNESS),
     "sampling": ("sampling", sampling),
 }
 

@@ -169,7 +169,8 @@ def _check_header(path: Path, header: dict) -> None:
     training = header.get("training", {})
     if not (isinstance(training, dict) and isinstance(training.get("preset", {}), dict)
             and isinstance(header.get("size", 256), int) and header.get("protocol", "cvg") in ("cvg", "cvg-official")
-            and str(header.get("preset", "unnamed")).isprintable()):
+            and str(header.get("preset", "unnamed")).isprintable()
+            and isinstance(header.get("traces") or {}, dict)):
         raise InputError(f"{path} does not say how it was trained; expected the header that train.py writes "
                          "(docs/formats.md).")
     levels = header.get("levels", LEVELS)

@@ -35,7 +35,8 @@ def main(argv=None):
     else:
         save_checkpoint(args.target, (network.half() if args.half else network).state_dict(), network.config,
                         {**header, "converted_from": source.name})
-    print(f"Written: {args.target}, {parameters:,} parameters, to be run under protocol {header['protocol']}.")
+    print(f"Written: {args.target}, {parameters:,} parameters, to be run under protocol "
+          f"{header.get('protocol', 'cvg')}.")
 
 
 if __name__ == "__main__":

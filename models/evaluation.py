@@ -12,7 +12,7 @@ from torch_radon import transmission_noise
 
 from datasets.series import Refused
 from datasets.sinograms import read_sinograms
-from datasets.slices import read_manifest
+from datasets.slices import number_in, read_manifest
 from models.baselines import sirt
 from models.degradation import Degradation
 from models.estimate import Estimate
@@ -22,15 +22,13 @@ from models.samplers import SAMPLERS, redegrade, sequential
 from models.scanner import PUBLISHED, Scanner, make_scanner, to_pixels
 from utils.device import memory, synchronize
 from utils.errors import InputError
-from utils.files import atomic, writing
+from utils.files import atomic
 from utils.metrics import score
 from utils.progress import Progress
 from utils.results import append
 from utils.units import mu_to_hu
 
-LOSS_AT_512 = 5.0  # of spdps at 18 views: docs/results/size.json
-
-HELD_OUT = "held_out.csv"  # of measured scans: file, method, views, residual on views that were not used
+LOSS_AT_512 = 5.0  # dB, of spdps at 18 views: docs/results/size.json
 
 
 @dataclass(frozen=True)
@@ -49,9 +47,9 @@ class Noise:
         """(reconstructor of these views, their sinograms (B, 1, n, bins)) of slices with the truths x0."""
         return reconstructor, simulate_measurement(x0, n_views, names, reconstructor.degrade, self)
 
-    def held_out(self, x0_hat: torch.Tensor, names: list[str], n_views: int) -> list[float]:
-        """None are left over."""
-        return []
+    def held_out(self, x0_hat: torch.Tensor, names: list[str], n_views: int) -> list[str]:
+        """As of `Measured`: nothing, as no view is left over."""
+        return [""] * len(names)
 
 
 @dataclass(frozen=True, eq=False)
@@ -79,16 +77,16 @@ class Measured:
         y = self.taken(names, chosen, x0.shape[-1]).to(x0.device)
         return replace(reconstructor, scanner=scanner), y
 
-    def held_out(self, x0_hat: torch.Tensor, names: list[str], n_views: int) -> list[float]:
-        """|A x0_hat - y| / |y| of each slice over at most 360 of the views that were not used."""
+    def held_out(self, x0_hat: torch.Tensor, names: list[str], n_views: int) -> list[str]:
+        """|A x0_hat - y| / |y| of each slice over at most 360 of the views that were not used, as text."""
         rest = np.setdiff1d(np.arange(len(self.scanner.angles)), self.scanner.thinned(n_views)[1])
         if not len(rest):
-            return []
+            return [""] * len(names)
         rest = rest[:: math.ceil(len(rest) / 360)]
         y, size = self.taken(names, rest, x0_hat.shape[-1]).to(x0_hat.device), x0_hat.shape[-1]
         theta = np.array(self.scanner.theta(len(self.scanner.angles)))[rest]
         left = self.scanner.projector(size, tuple(theta.tolist())).forward(x0_hat) - y
-        return (left.flatten(1).norm(dim=1) / y.flatten(1).norm(dim=1)).tolist()
+        return [f"{one:.5f}" for one in (left.flatten(1).norm(dim=1) / y.flatten(1).norm(dim=1)).tolist()]
 
 
 def read_measured(data: Path, files: list[Path]) -> Measured:
@@ -97,12 +95,12 @@ def read_measured(data: Path, files: list[Path]) -> Measured:
         lines, told = read_sinograms(data)
     except Refused as error:
         raise InputError(f"{data} {error}.") from error
-    rows = {row["file"]: row for row in read_manifest(files[0].parent)}
-    if missing := [f.name for f in files if f.name not in rows]:
+    index = {row["file"]: number_in(row, "index") for row in read_manifest(files[0].parent)}
+    if missing := [f.name for f in files if index.get(f.name) not in range(len(lines))]:
         raise InputError(f"The manifest.csv of {files[0].parent} does not say of which sinogram {missing[0]} is; write "
                          "the slices by python -m datasets.rebin --truth.")
     photons = told.pop("photons", None)
-    return Measured(lines, make_scanner(told), {name: int(row["index"]) for name, row in rows.items()}, photons)
+    return Measured(lines, make_scanner(told), {f.name: int(index[f.name]) for f in files}, photons)
 
 
 def simulate_measurement(x0: torch.Tensor, n_views: int, names: list[str], degrade: Degradation,
@@ -180,14 +178,12 @@ def evaluate(args, reconstructor: Reconstructor, noise: Noise | Measured, mu: to
                 x0_hat, calls, seconds, gib = timed(solver, method, y, size, photons=noise.photons,
                                                     electronic=noise.electronic, **args.options.get(method, {}))
                 save_images(images, x0_hat)
+                left = noise.held_out(x0_hat, batch, n)
                 rows = score_rows(x0_hat, x0, args.windows, [
                     {"file": name, "patient": patients[i + j], "method": method, "views": n, "nfe": calls[j],
-                     "seconds_per_slice": f"{seconds:.5f}", "peak_gib": f"{gib:.3f}"} for j, name in enumerate(batch)])
+                     "held_out": left[j], "seconds_per_slice": f"{seconds:.5f}", "peak_gib": f"{gib:.3f}"}
+                    for j, name in enumerate(batch)])
                 append(args.out, rank, rows)
-                if left := noise.held_out(x0_hat, batch, n):
-                    lines = [f"{name},{method},{n},{one:.5f}\n" for name, one in zip(batch, left, strict=True)]
-                    with writing(args.out), open(args.out / HELD_OUT, "a", encoding="utf-8") as file:
-                        file.writelines(lines)
                 bar.set_postfix(dB=f"{float(rows[0]['psnr']):.1f}", refresh=False)
 
 

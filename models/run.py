@@ -50,16 +50,14 @@ class Run:
         self.images, self.steps, _ = budget(preset, self.count)
         self.trainer = Trainer(preset, seed=args.seed, steps=self.steps, device=self.device, processes=self.processes,
                                init=args.init)
-        before = [load_checkpoint(args.init)[1].get("traces")] if args.init else []
-        before += [found.get("traces")] if found else []
-        self.provenance |= {"size": self.size, "traces": together(traces, *before)}
+        earlier = ([load_checkpoint(args.init)[1]] if args.init else []) + ([found] if found else [])
+        self.provenance |= {"size": self.size, "traces": together(traces, *(one.get("traces") for one in earlier))}
         self.seen, self.best, skipped = 0, math.inf, 0
         if found:
             self.trainer.load(found)
             self.seen, self.best, skipped = found["seen"], found["best"], found.get("skipped", 0)
             print(f"Resuming {self.out} after {self.seen} of {self.images} images.")
-        if found:  # the run may have ended between its last state and this file
-            self._publish("checkpoint.safetensors")
+            self._publish("checkpoint.safetensors")  # the run may have ended between its last state and this file
         self.watch = NonFinite(preset.patience, skipped)
         self.scalars = Scalars(self.out, self.seen, writes=self.rank == 0)
         self.load = partial(load_batch, self.truths, seed=args.seed, preset=preset, rank=self.rank,
@@ -75,15 +73,14 @@ class Run:
         before = path = found = None
         if self.rank == 0:
             run_folder.lock(self.out)
-            path, found = state.newest_state(self.out, self.device)
+            path, found = state.newest_state(self.out)
             before = run_folder.described(self.out) or (found and found["run"])  # run.json knows of data accepted since
             if before and isinstance(before.get("preset"), dict):
                 before |= {"preset": of_this_version(before["preset"])}
             data = {"data": before.get("data")} if before else {}
             run_folder.check(self.out, self.description | data, "run of train.py", before=before)
         path = distributed.gather(path)[0]
-        other = self.rank > 0 and path
-        return before, torch.load(path, map_location=self.device, weights_only=True) if other else found
+        return before, torch.load(path, map_location="cpu", weights_only=True) if self.rank and path else found
 
     def _claim(self, before: dict | None, found: dict | None, accept_new_data: bool) -> None:
         """Make OUT this run's, and say what is not as it was. Raises RunFolderError where its slices changed."""

@@ -1,11 +1,11 @@
 """Where weights are: known names, files, and Hugging Face. Needs no PyTorch."""
 
-import hashlib
 import re
 import sys
 from pathlib import Path
 
 from utils.errors import InputError
+from utils.files import sha256
 
 # name: (file or address, its SHA-256 where it is known). The published weights were never fetched for this table.
 KNOWN = {
@@ -31,8 +31,7 @@ def find_checkpoint(name: str) -> Path:
     else:
         path, revision = _from_hub(address)
     if expected or revision:
-        with open(path, "rb") as file:
-            found = hashlib.file_digest(file, "sha256").hexdigest()
+        found = sha256(path)
         if expected not in (None, found):
             raise InputError(f"{name} is {path}, whose SHA-256 {found} is not {expected}; restore or download it, "
                              "or give the path of a file of your own.")
@@ -55,7 +54,7 @@ def _from_hub(address: str) -> tuple[Path, str]:
             print(f"Downloading {address} into the Hugging Face cache.", file=sys.stderr)
             path = hf_hub_download(repository, file, revision=revision)
     except (OSError, ValueError) as error:  # what its HTTP, offline, missing-file and bad-name errors have in common
-        reason = str(error).strip().splitlines()[0]
+        reason = str(error).strip().partition("\n")[0]
         raise InputError(f"{address} is not in the Hugging Face cache and could not be downloaded "
                          f"({type(error).__name__}: {reason}). Download the file by hand and give its path.") from error
     return Path(path), Path(path).parts[-1 - len(Path(file).parts)]

@@ -13,11 +13,12 @@ from PIL import Image
 from test_prepare import reasons, run
 
 from datasets import look
-from datasets.archive import find_series, parallel, time_limit
+from datasets.archive import find_series
 from datasets.privacy import pseudonymizer
 from datasets.series import LeftOut, Refused, Slice, refuse_on_error
 from datasets.slices import evenly_spaced, patients_of
 from utils.errors import InputError
+from utils.workers import parallel, time_limit
 
 DEADLY = set(random.Random(0).sample(range(300), 7))
 

@@ -10,7 +10,14 @@ import torch
 
 from models.checkpoint import load_checkpoint
 from utils.errors import InputError
+from utils.scalars import read_lines
 from utils.state import newest_state, save_state
+
+
+def test_damaged_lines_of_metrics_are_passed_over(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(b'{"images": 1}\n{"images": \xff}\n[1]\n7\n{"images": "2"}\n{}\n{"images": 3, "lr": 1}\n{"ima')
+    assert read_lines(path) == [{"images": 1}, {"images": 3, "lr": 1}] and read_lines(tmp_path / "none") == []
 
 
 @pytest.fixture
@@ -23,28 +30,28 @@ def state(tmp_path):
 
 def test_every_flipped_bit_and_every_lost_block_of_a_state_is_noticed(state, capsys):
     whole, rng = state.read_bytes(), random.Random(0)
-    path, content = newest_state(state.parent, "cpu")
+    path, content = newest_state(state.parent)
     assert path == state and content["seen"] == 3
     for _ in range(100):
         bit, damaged = rng.randrange(8 * len(whole)), bytearray(whole)
         damaged[bit // 8] ^= 1 << bit % 8
         state.write_bytes(damaged)
-        assert newest_state(state.parent, "cpu") == (None, None), bit
+        assert newest_state(state.parent) == (None, None), bit
     for _ in range(40):
         first, damaged = rng.randrange(len(whole) - 4096), bytearray(whole)
         damaged[first : first + 4096] = bytes(4096)
         state.write_bytes(damaged)
-        assert newest_state(state.parent, "cpu") == (None, None), first
+        assert newest_state(state.parent) == (None, None), first
     assert capsys.readouterr().err.count("cannot be read") == 140
 
 
 def test_the_states_of_older_versions_are_read_and_checked(state):
     torch.save({"seen": 3, "a": torch.randn(1000)}, state)
-    assert newest_state(state.parent, "cpu")[1]["seen"] == 3
+    assert newest_state(state.parent)[1]["seen"] == 3
     damaged = bytearray(state.read_bytes())
     damaged[2000] ^= 1
     state.write_bytes(damaged)
-    assert newest_state(state.parent, "cpu") == (None, None)
+    assert newest_state(state.parent) == (None, None)
 
 
 def number(n: int) -> bytes:

@@ -13,8 +13,8 @@ from PIL import Image
 
 import test as evaluation
 from fig import figures, framework, plot_run, quantitative
+from fig.figures import Figure
 from fig.latex import escape, latex
-from fig.workers import Figure
 
 NAMES = ["FBP", "FBP (FDK weights)", "SIRT", "TV", "One step", "Cold diffusion", "Sequential", "ReCo", "SPDPS"]
 LABEL = "PSNR (W 3000 L 500 HU), dB"
@@ -128,6 +128,12 @@ def test_an_evaluation_draws_what_is_asked_and_nothing_twice(go, tmp_path):
     before = times()
     go()
     assert times() == before
+    go("--views", 54)
+    changed = {name for name, when in times().items() if when != before.get(name)}
+    assert changed == {f"{name}.{kind}" for name in ("comparison_54views", "psnr_views", "psnr_calls")
+                       for kind in ("png", "pdf")}, "what is asked of 18 and 36 views is there"
+    before = times()
+    tables = {path: path.read_bytes() for path in tables}
     go("--display-window", "bone", "--slice", "E_003", "--roi", "0,0,8,4")
     changed = {name for name, when in times().items() if when != before[name]}
     assert changed == {f"comparison_{n}views.{kind}" for n in (18, 36) for kind in ("png", "pdf")}
@@ -156,7 +162,7 @@ def test_a_process_that_dies_costs_its_figures_alone(go, tmp_path, monkeypatch):
 
 
 def test_a_process_that_draws_does_not_wait_for_pytorch():
-    program = "import sys, fig.workers; sys.exit(bool({'torch', 'scipy', 'numba'} & set(sys.modules)))"
+    program = "import sys, fig.figures; sys.exit(bool({'torch', 'scipy', 'numba'} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", program], cwd=ROOT).returncode == 0
 
 

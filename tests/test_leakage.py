@@ -52,7 +52,9 @@ def test_what_a_run_saw_before_is_kept(data, trained, tmp_path, call):
     call(train.main, *FAST, "--data", data, "--out", tmp_path / "run", "--accept-new-data")
     found = load_checkpoint(trained)[1]["traces"]
     assert len(found["slices"]) == 9 * DIGITS and found["complete"] and found["patients"] == old["patients"]
-    write_slices(tmp_path / "more" / "train_img", "GH", 1, 32)
+    more = write_slices(tmp_path / "more" / "train_img", "GH", 1, 32)
+    for i, path in enumerate(sorted(more.iterdir())):
+        np.save(path, body(32, 5000 + i))  # which no other slice holds
     write_slices(tmp_path / "more" / "val_img", "I", 1, 32)
     call(train.main, *FAST, "--data", tmp_path / "more", "--out", tmp_path / "tuned", "--init", trained)
     tuned = load_checkpoint(tmp_path / "tuned" / "checkpoint.safetensors")[1]["traces"]

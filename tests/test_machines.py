@@ -23,7 +23,7 @@ from utils import progress, run_folder
 from utils.errors import RunFolderError, Stopped
 from utils.files import atomic
 from utils.progress import Progress
-from utils.results import RESULT, append, open_results, whole_rows
+from utils.results import COLUMNS, append, open_results, whole_rows
 from utils.state import commit, newest_state, save_state
 
 SCRIPTS = {"train": ["train.py", "--data", "DATA", "--images", "4", "--stem", "4", "--dc", "0", "--device", "cpu",
@@ -130,23 +130,24 @@ def test_a_bit_that_flips_in_a_state_is_noticed_or_does_not_matter(tmp_path, cap
         damaged = bytearray(whole)
         damaged[bit // 8] ^= 1 << bit % 8
         path.write_bytes(damaged)
-        _, found = newest_state(tmp_path, "cpu")
+        _, found = newest_state(tmp_path)
         noticed += found is None
         assert found is None or found["seen"] == 8 and torch.equal(found["network"]["weight"],
                                                                    content["network"]["weight"])
     assert noticed > 150 and "cannot be read" in capsys.readouterr().err
     path.write_bytes(whole[:2000] + bytes(1000) + whole[3000:])
-    assert newest_state(tmp_path, "cpu") == (None, None)
+    assert newest_state(tmp_path) == (None, None)
 
 
 def test_damaged_rows_are_done_again(tmp_path, capsys):
     rows = [{"file": f"A_{i}.npy", "patient": "A", "method": "fbp", "views": 18, "width": 3000, "centre": 500,
              "psnr": "30.25", "ssim": "0.9", "rmse_hu": "10.5", "vif": "0.5", "nfe": 0, "seconds_per_slice": "0.1",
              "peak_gib": "0.2"} for i in range(20)]
-    about, out = {"windows": [[3000, 500]]}, tmp_path / "out"
+    about = {"methods": ["fbp"], "views": [18], "levels": {}, "windows": [[3000, 500]]}
+    out = tmp_path / "out"
     open_results(out, about)
     append(out, 0, rows)
-    expected = open_results(out, about)
+    _, expected = open_results(out, about)
     assert [row["file"] for (row,) in expected.values()] == [row["file"] for row in rows]
     path, rng = out / "results.csv", random.Random(0)
     whole = path.read_bytes()
@@ -158,7 +159,7 @@ def test_damaged_rows_are_done_again(tmp_path, capsys):
         path.write_bytes(damaged)
         for row in whole_rows(path):
             (there,) = expected[row["file"], "fbp", 18]
-            assert all(row[name] == there[name] for name in RESULT)
+            assert all(row[name] == there[name] for name in COLUMNS)
     assert "damaged" in capsys.readouterr().err
 
 

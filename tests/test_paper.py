@@ -142,7 +142,7 @@ def test_paper_is_the_plain_loop_of_the_paper(tmp_path, monkeypatch):
     train.main(["--preset", "paper", "--width", "32", "--dropout", "0", "--data", str(tmp_path / "data"), "--out",
                 str(tmp_path / "out"), "--epochs", "27", "--epct-start", "5", "--ema-start", "25", "--seed", "3407",
                 "--precision", "fp64", "--device", "cpu"])
-    _, state = newest_state(tmp_path / "out", "cpu")
+    _, state = newest_state(tmp_path / "out")
     assert state["step"] == 5 + 2 * 22
     (_, slices), *_ = load_slices(tmp_path / "data", 0.1, 0, 3407, 8, True)
     torch.manual_seed(3407)

@@ -12,13 +12,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import ROOT, make_dicom, make_series
+from conftest import ROOT, body, make_dicom, make_series
 from PIL import Image
 
 from datasets import look, preprocess_aapm
 from datasets.prepare import main, prepare, split_patients
 from datasets.series import Slice
-from datasets.slices import patient_of
+from datasets.slices import fingerprint, patient_of
 from utils.errors import InputError, RunFolderError
 
 
@@ -100,7 +100,9 @@ def test_a_second_run_does_only_what_is_missing_and_refuses_other_options(tmp_pa
     assert lost.read_bytes() == content and (tmp_path / "out/train_img/manifest.csv").read_text() == manifest
     assert {path for path in files if path.stat().st_mtime_ns != before[path]} == {lost}
     for change in (["--volumes"], ["--seed", "1"], ["--split", "0", "0", "1"], ["--keep-names"]):
-        assert refuses(capsys, "was made with another", run, tmp_path, *change)
+        assert refuses(capsys, "holds a set of slices with another", run, tmp_path, *change)
+    run(tmp_path, "--patients-from", "name", out="told")
+    assert refuses(capsys, "with another patients_from", lambda: run(tmp_path, out="told"))
     make_dicom(tmp_path / "in/new.dcm", ImagePositionPatient=[0, 0, -5])  # shifts every number
     assert refuses(capsys, "made from other input", run, tmp_path)
     (tmp_path / "foreign/train_img").mkdir(parents=True)
@@ -132,6 +134,17 @@ def test_contents_decide_what_is_done_again(tmp_path):
     run(tmp_path)
     assert [path.read_bytes() for path in files] == content
     assert (tmp_path / "out/train_img/manifest.csv").read_bytes() == manifest
+
+
+def test_names_that_are_no_text_are_names(tmp_path):
+    for name in (b"a\xff", b"b\xfe", b"c"):
+        for index in range(2):
+            with open(os.fsencode(tmp_path) + b"/%s_%03d.npy" % (name, index), "wb") as file:
+                np.save(file, body(16, index + len(name)))
+    status, _, rows = run(tmp_path, "--keep-names", source="")
+    assert status == 0 and len({row["patient"] for row in rows}) == 3 and len(rows) == 6
+    files = sorted(tmp_path.glob("*.npy"))
+    assert fingerprint(files, np.zeros(1)) != fingerprint(files[1:], np.zeros(1))
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{", '{"options": 1}', '{"outputs": []}', "\0"])

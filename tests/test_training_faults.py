@@ -55,7 +55,7 @@ def test_steps_that_are_not_finite_are_skipped_and_counted(go, tmp_path, monkeyp
     go("--images", "8")
     lines = [json.loads(line) for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
     assert [line["skipped"] for line in lines if "skipped" in line] == [2]
-    _, state = newest_state(tmp_path / "out", "cpu")
+    _, state = newest_state(tmp_path / "out")
     assert {int(s["step"]) for s in state["optimizer"]["state"].values()} == {state["step"] - 2}
     assert all(value.isfinite().all() for value in state["network"].values())
 
@@ -64,7 +64,7 @@ def test_many_in_a_row_stop_the_run_with_its_state_and_the_slices_named(go, tmp_
     monkeypatch.setattr(training, "loss", broken_from([], lambda n: n > 4))
     text = go("--patience", "3", "--epct-start", "1000", expect=1)
     assert "3 optimizer steps in a row" in text and "14 images" in text
-    _, state = newest_state(tmp_path / "out", "cpu")
+    _, state = newest_state(tmp_path / "out")
     assert state["seen"] == 14 and state["skipped"] == 3
     assert all(value.isfinite().all() for value in state["network"].values())
     expected = sorted({["A", "B"][int(s) // 4] + f"_{int(s) % 4:03d}.npy"
@@ -98,7 +98,7 @@ def test_a_signal_saves_and_the_same_command_goes_on(data, tmp_path, go):
     _, text = process.communicate()
     if process.returncode:  # else it had just finished
         assert process.returncode == 143 and "the same command resumes" in text
-        assert newest_state(out, "cpu")[1]["seen"] < 16
+        assert newest_state(out)[1]["seen"] < 16
     go("--save-every", "1000")
     resumed = go("--save-every", "1000", "--out", out)
     assert "Resuming" in resumed
@@ -113,11 +113,11 @@ def test_a_state_cut_short_anywhere_is_passed_over(go, tmp_path, capsys):
     content = newest.read_bytes()
     for length in [0, 1, len(content) - 1, *(rng.randrange(len(content)) for _ in range(5))]:
         newest.write_bytes(content[:length])
-        path, state = newest_state(out, "cpu")
+        path, state = newest_state(out)
         assert path == before and state["seen"] == 12
         assert f"{newest.name} cannot be read" in capsys.readouterr().err
     assert "after 12 of 16" in go()
-    assert newest_state(out, "cpu")[0] == newest
+    assert newest_state(out)[0] == newest
 
 
 def test_what_is_published_at_the_end_is_the_states(go, tmp_path):
@@ -131,7 +131,7 @@ def test_what_is_published_at_the_end_is_the_states(go, tmp_path):
         if before:
             training_run.save_checkpoint(published, before, train.PRESETS["tiny"].network(), {})
         assert "Done: 8 images" in go("--images", "8")
-        _, state = newest_state(tmp_path / "out", "cpu")
+        _, state = newest_state(tmp_path / "out")
         found = load_file(published)
         assert all(torch.equal(found[name], whole[name]) and torch.equal(found[name], state["ema"][name])
                    for name in whole)
@@ -161,7 +161,7 @@ def test_a_writing_leaves_the_previous_state(go, tmp_path):
     out = tmp_path / "out"
     states = {path: path.read_bytes() for path in out.glob("state-*.pt")}
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    newest, state = newest_state(out, "cpu")
+    newest, state = newest_state(out)
     resource.setrlimit(resource.RLIMIT_FSIZE, (2**20, hard))
     try:
         with pytest.raises(Stopped, match="takes no more data.*free some space"):
@@ -173,7 +173,7 @@ def test_a_writing_leaves_the_previous_state(go, tmp_path):
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert {path: path.read_bytes() for path in out.glob("state-*.pt")} == states
-    assert not list(out.glob(".*partial")) and newest_state(out, "cpu")[0] == newest
+    assert not list(out.glob(".*partial")) and newest_state(out)[0] == newest
 
 
 def test_slices_that_changed_are_refused_unless_told(go, data):

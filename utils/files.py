@@ -63,11 +63,17 @@ def writing(out: Path):
                       f"is whole: {advice} and repeat the command to go on from there.") from error
 
 
-def hash16(data: bytes | Path) -> str:
-    """16 hexadecimal digits of the SHA-256 of bytes, or of a file's content."""
+def sha256(path: Path) -> str:
+    """SHA-256 of a file's content, hexadecimal."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def hash16(data: str | bytes | Path) -> str:
+    """The first 16 hexadecimal digits of the SHA-256 of text (a file's name may be none), bytes or a file's content."""
     if isinstance(data, Path):
-        with open(data, "rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()[:16]
+        return sha256(data)[:16]
+    data = data.encode(errors="backslashreplace") if isinstance(data, str) else data
     return hashlib.sha256(data).hexdigest()[:16]
 
 

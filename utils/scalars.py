@@ -13,11 +13,12 @@ from utils.files import atomic, writing
 
 
 def read_lines(path: Path) -> list[dict]:
-    """The whole lines of a metrics.jsonl; a killed run may leave half a line at the end."""
+    """The whole lines of a metrics.jsonl; a killed run may leave half a line at the end, a disk damaged ones."""
     found = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
-        with suppress(ValueError):
-            found.append(json.loads(line))
+    for text in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []:
+        with suppress(ValueError, TypeError, KeyError):
+            line = json.loads(text)
+            found += [line] if math.isfinite(line["images"]) else []
     return found
 
 

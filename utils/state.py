@@ -46,16 +46,14 @@ def save_state(out: Path, seen: int, content: dict) -> None:
         old.unlink()
 
 
-def newest_state(out: Path, device: str):
-    """(path, content) of the newest whole state, or (None, None); a damaged one is named and passed over."""
+def newest_state(out: Path):
+    """(path, content on the CPU) of the newest whole state, or (None, None); a damaged one is named and passed over."""
     for path in sorted(out.glob("state-*.pt"), reverse=True):
         try:
             check_state(path)
-            torch.load(path, map_location="cpu", weights_only=True)
+            return path, torch.load(path, map_location="cpu", weights_only=True)
         except Exception as error:  # a truncated zip fails in many ways, and an older state serves
             print(f"{path.name} cannot be read ({type(error).__name__}); trying the one before.", file=sys.stderr)
-        else:
-            return path, torch.load(path, map_location=device, weights_only=True)  # may fail: the file is whole
     return None, None
 
 
@@ -63,9 +61,9 @@ def check_state(path: Path) -> None:
     """Raises BadZipFile where a state is not as it was written. PyTorch compares nothing."""
     content = memoryview(path.read_bytes())
     body, end = content[:-len(MARK) - 64], content[-len(MARK) - 64:]
-    if end[:len(MARK)] != MARK:  # written by an older version
+    if end[:len(MARK)] != MARK:  # written by an older version: nothing comes after the zip's end, nor half a mark
         with ZipFile(path) as file:
-            if damaged := file.testzip():
-                raise BadZipFile(damaged)
+            if content[-22:-18] != b"PK\5\6" or file.testzip():
+                raise BadZipFile("damaged")
     elif hashlib.sha256(body).hexdigest().encode() != end[len(MARK):]:
         raise BadZipFile("another SHA-256")
