@@ -40,8 +40,8 @@ GEOMETRY = {"angles": {"start": 0, "step": 10, "count": 36}, "detector_count": 6
 
 def image(path):
     """The slices of a file as prepare and reconstruct read them: (N, 16, 16)."""
+    formats._load.cache_clear()  # another file of this name
     found = formats.scan(str(path))
-    formats.load.cache_clear()
     return [formats.read_hu(one, 16) for one in found]
 
 
@@ -100,7 +100,7 @@ KINDS = {  # name of the file: (how it is made, how it is read)
     "A_001.npy": (make_npy, lambda path: read_slice(path)),
     "a.safetensors": (make_safetensors, lambda path: load_checkpoint(path)[0].state_dict()),
     "a.pkl": (make_published, lambda path: load_checkpoint(path)[0].state_dict()),
-    "state-000000001.pt": (make_state, lambda path: newest_state(path.parent, "cpu")[1]),
+    "state-000000001.pt": (make_state, lambda path: newest_state(path.parent)[1]),
     "a.json": (lambda path: path.write_text(json.dumps(GEOMETRY)), lambda path: make_scanner(read_geometry(path))),
     "a.yaml": (lambda path: path.write_text("\n".join(f"{k}: {json.dumps(v)}" for k, v in GEOMETRY.items())),
                lambda path: make_scanner(read_geometry(path))),
