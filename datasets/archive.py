@@ -122,7 +122,8 @@ def name_patients(slices: list[Slice], source: str | None = None) -> list[Slice]
     def fill(one):
         path, patient = Path(one.path), patients[Path(one.path)]
         series = one.series or (one.path if path in volumes else os.path.dirname(one.path))
-        told = (patient,) * (len(patient) >= 4 or source == "folder")  # shorter ones are in every file name
+        alone = any(letter.isalpha() and letter.upper() == letter.lower() for letter in patient)  # as in Chinese
+        told = (patient,) * (len(patient) >= 4 or alone or source == "folder")  # shorter ones are in every file name
         return replace(one, patient=patient, names=(*one.names, *told), series=series)
 
     return [fill(one) if Path(one.path) in patients else one for one in slices]
@@ -180,22 +181,28 @@ def find_series(path: Path, out: Path, number: int | None = None,
                 derived: bool = False, trust: bool = False) -> tuple[list[Slice], list[str], list[Problem]]:
     """(slices from feet to head, how each is called in messages, problems, with these names) of one series.
 
+    Files are called by their paths below `path`, which often bears the patient's name, with pseudonyms in them.
     number: which of several, from 1. Files below `out` are not read. Raises InputError where no series is chosen.
     """
-    slices, shown, problems, hidden = read_headers([str(path)], out, 1, derived, trust)
+    slices, _, problems, hidden = read_headers([str(path)], out, 1, derived, trust)
     slices = name_patients(_with_manifest(slices))
     groups, hide = group_series(slices), pseudonymizer(slices + hidden, keep=False, salt=secrets.token_hex())
+
+    def call(file):
+        return printable(hide(Path(os.path.relpath(file, path if path.is_dir() else path.parent)).as_posix()))
+
     if not groups:
-        reasons = "; ".join(f"{hide(shown.get(name, name))} {reason}" for name, _, reason in problems[:3])
+        reasons = "; ".join(f"{call(name)} {reason}" for name, _, reason in problems[:3])
         raise InputError(f"{path} holds no slices that can be used" + f" ({reasons})" * bool(reasons) + ".")
     if number is None and len(groups) > 1 or number is not None and not 1 <= number <= len(groups):
-        folders = [Path(shown[group[0].path]).parent.as_posix() for group in groups]
-        names = ", ".join(hide(f"{i}: {len(group)} slices of {folder}" + _about(group) * (folders.count(folder) > 1))
+        folders = [call(Path(group[0].path).parent) for group in groups]
+        names = ", ".join(f"{i}: {len(group)} slices" + f" of {folder}" * (folder != ".")
+                          + hide(_about(group)) * (folders.count(folder) > 1)
                           for i, (group, folder) in enumerate(zip(groups, folders, strict=True), 1))
         raise InputError(f"{path} holds {len(groups)} series ({names}); choose one by --series.")
     kept, more = order_series(groups[(number or 1) - 1])
-    names = [printable(hide(shown[one.path])) + (f", frame {one.frame}" if one.frame else "") for one in kept]
-    return kept, names, [(printable(hide(shown.get(name, name))), *rest) for name, *rest in problems + more]
+    names = [call(one.path) + (f", frame {one.frame}" if one.frame else "") for one in kept]
+    return kept, names, [(call(name), *rest) for name, *rest in problems + more]
 
 
 def _about(group):

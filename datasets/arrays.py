@@ -166,13 +166,14 @@ def _tiff(path) -> np.ndarray:
     if not files:
         raise Refused("holds neither DICOM-CT-PD files nor TIFF images")
     pages = []
-    for file in files:
-        with refuse_on_error(f"holds a TIFF image that cannot be read: {file.name}"), Image.open(file) as image:
+    for number, file in enumerate(files, 1):
+        called = f"number {number} of {len(files)}"
+        with refuse_on_error(f"holds a TIFF image that cannot be read: {called}"), Image.open(file) as image:
             _limit(4 * image.width * image.height * image.n_frames * len(files))
             for page in ImageSequence.Iterator(image):
                 if page.mode not in ("F", "I", "L") and not page.mode.startswith("I;16"):
-                    raise Refused(f"holds a TIFF image in colours or bits: {file.name}")
+                    raise Refused(f"holds a TIFF image in colours or bits: {called}")
                 pages.append(np.array(page))
                 if (pages[-1].shape, pages[-1].dtype) != (pages[0].shape, pages[0].dtype):
-                    raise Refused(f"holds TIFF images of different sizes: {file.name}")
+                    raise Refused(f"holds TIFF images of different sizes: {called}")
     return np.stack(pages) if len(pages) > 1 else pages[0]

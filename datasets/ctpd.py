@@ -116,7 +116,7 @@ class Scan:
     def view(self, i: int) -> np.ndarray:
         """Line integrals (rows, columns) float32. Raises Refused."""
         path, frame, slope, intercept = self.files[i]
-        with refuse_on_error(f"has a view that cannot be read: {os.path.basename(path)}"):
+        with refuse_on_error(f"has a view that cannot be read: number {i + 1} by InstanceNumber"):
             return pydicom.pixels.pixel_array(path, index=frame).T * np.float32(slope) + np.float32(intercept)
 
 
@@ -224,7 +224,7 @@ def read_scan(path: Path, position: str | None = None, spectrum: int | None = No
     for folder, files in _folders(path):
         read = parallel(_read_file, files, os.cpu_count() or 1, "Reading headers", 64) if len(files) > MANY else [
             *map(_read_file, files)]
-        bad = [f"{os.path.basename(file)} {views or DIED}" for file, views in zip(files, read, strict=True)
+        bad = [f"DICOM file {number} of {len(files)} by name {views or DIED}" for number, views in enumerate(read, 1)
                if not isinstance(views, list)]
         reason = f" that can be used: {bad[0]}" if bad else reason
         if any(isinstance(views, list) and views for views in read):
@@ -232,8 +232,7 @@ def read_scan(path: Path, position: str | None = None, spectrum: int | None = No
             if bad:  # a missing view would leave a gap that nobody sees
                 raise Refused(f"cannot be used: {bad[0]}")
     if len(scans) != 1:
-        names = ", ".join(sorted(str(folder.relative_to(path)) for folder in scans))
-        raise Refused(f"holds projections in {len(scans)} folders ({names}); give one of them" if scans else
+        raise Refused(f"holds projections in {len(scans)} folders; give one of them" if scans else
                       f"holds no DICOM-CT-PD files{reason}")
     (read,) = scans.values()
     others = read.count([])

@@ -214,7 +214,7 @@ def read_projections(path: Path, position: str | None = None):
 
 def _say(path, notes):
     for note in notes:
-        print(f"{path.name}: {note}.")
+        print(f"{path}: {note}.")
 
 
 def write_sinograms(lines: Rebinned, out: Path) -> None:

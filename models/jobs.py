@@ -20,6 +20,9 @@ from utils.errors import InputError
 from utils.files import hash16
 
 
+SCAN = "the scan"  # what report.csv calls a measured INPUT, whose name is often the patient's
+
+
 @dataclass(frozen=True)
 class Job:
     """What to reconstruct, slice by slice."""
@@ -110,7 +113,7 @@ def measured(args) -> Job:
 
     device = chosen_device(args.device)
     lines, whole, rows, photons, far = read_scan(args)
-    names = [f"slice {row + 1} of {args.input.name}" for row in rows]
+    names = [f"slice {row + 1} of {SCAN}" for row in rows]
 
     def values(i):
         """(line integrals (views, bins), warnings) of a slice."""
@@ -147,9 +150,9 @@ def measured(args) -> Job:
         photons=photons,
         original=located[0].path if located else None,
         patient=anonymous(located[0]) if located else "unknown",
-        problems=(*((args.input.name, "warning", one) for one in scanner_warnings(scanner)),
+        problems=(*((SCAN, "warning", one) for one in scanner_warnings(scanner)),
                   *((names[middle], "warning", one) for one in said),
-                  *((args.input.name, "refused", one) for one in [far] if one)),
+                  *((SCAN, "refused", one) for one in [far] if one)),
         source=fingerprint([(str(args.input), repr((scanner, args.dataset, args.axes, args.angles, args.flat,
                                                     args.dark, photons)))]),
         checks={"residual": round(residual, 4), "alarms": said},

@@ -97,11 +97,11 @@ def test_one_series_is_found_or_the_choice_is_told(tmp_path):
     make_series(tmp_path / "in/a", 3)
     make_series(tmp_path / "in/b", 2, SeriesInstanceUID="1.9")
     (tmp_path / "in/b/notes.txt").write_text("not an image")
-    with pytest.raises(InputError, match="2 series .1: 3 slices of in/a, 2: 2 slices of in/b.; choose one by --series"):
+    with pytest.raises(InputError, match="2 series .1: 3 slices of a, 2: 2 slices of b.; choose one by --series"):
         find_series(tmp_path / "in", tmp_path / "out")
     slices, names, problems = find_series(tmp_path / "in", tmp_path / "out", 2)
-    assert [one.position for one in slices] == [0, 2.5] and names == ["in/b/0.dcm", "in/b/1.dcm"]
-    assert [(name, status) for name, status, _ in problems] == [("in/b/notes.txt", "refused")]
+    assert [one.position for one in slices] == [0, 2.5] and names == ["b/0.dcm", "b/1.dcm"]
+    assert [(name, status) for name, status, _ in problems] == [("b/notes.txt", "refused")]
     with pytest.raises(InputError, match="holds no slices that can be used .*notes.txt is not an image"):
         find_series(tmp_path / "in/b/notes.txt", tmp_path / "out")
 

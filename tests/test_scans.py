@@ -178,7 +178,7 @@ def test_counts_of_a_beamline_become_line_integrals(tmp_path, scan):
     np.testing.assert_allclose(lines[1][:, 125], LINES[:, 125], atol=0.5)
     assert abs((lines[1] - LINES).mean()) < 0.003
     said = scan(tmp_path / "e.h5", angles=None, detector_row_pitch_mm=2)
-    assert "slice 1 of e.h5 has 181 values without counts (0.40%)" in said and "most in bin 81, 100% of" in said
+    assert "slice 1 of the scan has 181 values without counts (0.40%)" in said and "most in bin 81, 100% of" in said
     assert error(tmp_path) < 80 and np.load(tmp_path / "out/volume.npy").shape == (2, 64, 64)
 
 
@@ -337,8 +337,8 @@ def test_a_warning_stands_last_and_in_the_records(tmp_path, scan):
     lines = dead(np.roll(LINES, 3, axis=1), np.s_[17])
     for _ in range(2):  # told again by a run that has nothing to do
         *_, first, second = scan(lines).splitlines()
-        assert first.startswith("Warning: slice 1 of scan.npy has 1 views that are the same in every bin")
-        assert second.startswith("Warning: slice 1 of scan.npy does not fit its geometry: the best image")
+        assert first.startswith("Warning: slice 1 of the scan has 1 views that are the same in every bin")
+        assert second.startswith("Warning: slice 1 of the scan does not fit its geometry: the best image")
         run = json.loads((tmp_path / "out/run.json").read_text())
         assert 0.05 < run["residual"] < 0.15 and len(run["alarms"]) == 2
         assert len((tmp_path / "out/report.csv").read_text().splitlines()) == 3
@@ -346,13 +346,13 @@ def test_a_warning_stands_last_and_in_the_records(tmp_path, scan):
 
 def test_counts_stop_before_any_work(tmp_path, scan):
     said = scan(np.round(4000 * np.exp(-np.stack([LINES] * 2))), expect=1)
-    assert "slice 1 of scan.npy holds values up to 4000" in said and not (tmp_path / "out").exists()
+    assert "slice 1 of the scan holds values up to 4000" in said and not (tmp_path / "out").exists()
 
 
 def test_a_slice_that_is_refused_is_not_written_as_air(tmp_path, scan):
     volume = np.stack([LINES, np.nan * LINES, LINES])
     said = scan(volume, expect=1)
-    assert "Refused: slice 2 of scan.npy holds 45000 values that are NaN" in said and "2 of 3 slices" in said
+    assert "Refused: slice 2 of the scan holds 45000 values that are NaN" in said and "2 of 3 slices" in said
     assert "volume.npy is not written, as 1 of 3 slices are missing" in said
     assert not list((tmp_path / "out").glob("volume*"))
     scan(volume, "--format", "dicom", "--out", tmp_path / "dicom", expect=1)
