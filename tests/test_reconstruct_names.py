@@ -117,7 +117,7 @@ def test_a_name_is_only_where_it_is_wanted(index, tmp_path, capfd):
     given = [str(one) for one in command(source, output, options, tmp_path / "in", patient)]
     main([*given, "--out", str(tmp_path / "out"), "--method", "fbp", "--device", "cpu"])
     said = "".join(capfd.readouterr())
-    for path in sorted(given, key=len, reverse=True):  # what one types is printed as it is
+    for path in filter(os.path.isabs, sorted(given, key=len, reverse=True)):  # what one types is printed
         said = said.replace(path, "")
     assert patient.told_by(said) == [], said
     files = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
