@@ -24,7 +24,9 @@ FOLLOWED = ROOT / "docs" / "change-it.md"  # by tests/test_change_it.py
 BLOCK = re.compile(r"(?:^    .+\n)+", re.M)
 LAUNCHER = re.compile(r"(?:torchrun --nproc-per-node \d+ |python )(?:-m )?(?=\S+)")
 # Not a line of Python of ours.
-OTHER = ("bash test.sh", "bash train.sh", ". .venv/bin/activate", "pip install astra-toolbox")
+OTHER = ("bash test.sh", "bash train.sh", ". .venv/bin/activate", "pip install astra-toolbox",
+         "pip install --require-hashes -r requirements.lock",
+         "pip install --no-deps --no-build-isolation ./torch-radon_fix")
 # Minutes to hours, many slices or a download: their flags are checked.
 LONG = (r"train.py --preset (tiny|real|paper|base)(?!.*--dry-run)", r"benchmarks\.\w+", r"fig.framework",
         r"test.py .*(--limit (8|16)|cvg-diff)", r"test.py --data DATA --out results/test",

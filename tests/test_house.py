@@ -2,6 +2,7 @@
 
 import ast
 import importlib
+import re
 import subprocess
 import sys
 
@@ -111,3 +112,16 @@ def test_an_answer_about_the_command_line_does_not_wait_for_pytorch(name, argv):
     assert said and "Traceback" not in said
     if argv != ["--help"]:
         assert len(said.strip().splitlines()) == 1, "one sentence, not pages of flags"
+
+
+def test_the_lock_file_has_every_requirement_and_a_hash_of_every_package():
+    def pins(text):
+        found = re.findall(r"^([\w.-]+)==(\S+)", text, re.M)
+        return {(name.replace("_", "-").lower(), version) for name, version in found}
+
+    wanted, lock = ((ROOT / f"requirements.{end}").read_text(encoding="utf-8") for end in ("txt", "lock"))
+    lines = [line for line in wanted.splitlines() if line != "./torch-radon_fix"]
+    assert len(pins(wanted)) == len(lines) and pins(wanted) <= pins(lock)
+    hashes = r"( *\\\n    --hash=sha256:[0-9a-f]{64})+"
+    rest = re.sub(rf"^[a-z0-9.-]+==[0-9][\w.]*( ;[^\\\n]*)?{hashes}\n", "", lock, flags=re.M)
+    assert all(line.startswith("#") for line in rest.splitlines()), rest  # and no version of a local build
