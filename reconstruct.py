@@ -12,6 +12,7 @@ refused. Not for diagnosis.
 import re
 import sys
 from contextlib import suppress
+from copy import deepcopy
 from pathlib import Path
 
 import numpy as np
@@ -30,11 +31,14 @@ from utils.files import atomic, hash16, write_table
 from utils.preview import write_preview
 from utils.progress import Progress
 from utils.run_folder import claim, lock
-from utils.units import HU_RANGE
+from utils.units import HU_RANGE, WINDOWS
 
 MISSING = np.int16(-32768)  # in the working file: not done yet; no HU is that low
 PREVIEW = "preview.png"
-VOLUMES = {"nifti": ("volume.nii.gz", write_volume.write_nifti), "npy": ("volume.npy", write_volume.write_npy)}
+VOLUMES = {"nifti": (".nii.gz", write_volume.write_nifti), "npy": (".npy", write_volume.write_npy)}
+IMAGE, UNSEEN, WIDTH = "volume", "undetermined", "half_width"  # what is written, HU: the last two by --trust
+WORDS = {IMAGE: "", UNSEEN: ", undetermined share", WIDTH: ", half width (90 %)"}
+WINDOWS_OF = {UNSEEN: (800, 0), WIDTH: (200, 100)}  # in the preview; an image has the headline window
 
 
 def arguments() -> Parser:
@@ -75,6 +79,9 @@ def arguments() -> Parser:
     parser.add_argument("--original", type=Path, help="the DICOM series that an INPUT of another format came from: its "
                         "patient, study and place go into the output (default: none)")
     parser.add_argument("--deidentify", action="store_true", help="no patient, study or institution in the output")
+    parser.add_argument("--trust", action="store_true", help="beside each image of a network, the share of it that "
+                        "the measurement does not determine, and the half width of a 90 %% interval for each pixel "
+                        "(docs/scans.md)")
     parser.add_argument("--median-z", metavar="K", type=int, default=1,
                         help="median over K neighbouring slices, odd, for consistency across them; 1: off")
     parser.add_argument("--batch", type=int, default=4, help="slices at once")
@@ -89,6 +96,10 @@ def parse(argv=None):
     parser.at_least(args, {"median_z": 1, "batch": 1, "dc": 0, "series": 1, "views": 1})
     if args.median_z % 2 == 0:
         parser.error(f"--median-z {args.median_z}: expected an odd number, 1 for none")
+    if args.trust and args.median_z > 1:
+        parser.error(f"--trust is about single slices, which --median-z {args.median_z} mixes; leave one away")
+    if args.trust and set(args.method) <= set(BASELINES):
+        parser.error(f"--trust is about the images of a network, and {', '.join(args.method)} needs none")
     if args.size is not None and not 8 <= args.size <= 4096:
         parser.error(f"--size {args.size}: expected 8 to 4096")
     if not args.input.exists():
@@ -98,15 +109,15 @@ def parse(argv=None):
     return args
 
 
-def open_work(path: Path, count: int, size: int) -> np.memmap:
-    """The working file, (count, size, size) int16 HU or MISSING: what a stopped run has done is in it."""
+def open_work(path: Path, kinds: int, count: int, size: int) -> np.memmap:
+    """The working file, (kinds, count, size, size) int16 HU or MISSING: what a stopped run has done is in it."""
     with suppress(Exception):  # there is none, or it is damaged in whatever way
         work = np.load(path, mmap_mode="r+")
-        if (work.shape, work.dtype) == ((count, size, size), np.int16):
+        if (work.shape, work.dtype) == ((kinds, count, size, size), np.int16):
             return work
     with atomic(path) as partial, open(partial, "wb") as file:
-        write_volume.write_header(file, (count, size, size))
-        for _ in range(count):
+        write_volume.write_header(file, (kinds, count, size, size))
+        for _ in range(kinds * count):
             file.write(np.full((size, size), MISSING, "<i2").tobytes())
     return np.load(path, mmap_mode="r+")
 
@@ -115,9 +126,9 @@ def reconstruct_slices(job: Job, solve, work: np.ndarray, wanted: list[int], bat
     """Fill in the wanted slices of the working file that are missing; (name, status, reason) of those that fail or may
     be wrong.
 
-    solve: a batch of what job.read gives -> HU (B, size, size).
+    solve: a batch of what job.read gives -> HU (B, kinds, size, size).
     """
-    todo = [i for i in wanted if (work[i] == MISSING).any()]  # any: a killed run may leave half a slice
+    todo = [i for i in wanted if (work[:, i] == MISSING).any()]  # any: a killed run may leave half a slice
     failed = []
     with Progress(total=len(todo), desc="Reconstructing", unit="slice") as bar:
         for start in range(0, len(todo), batch):
@@ -130,7 +141,7 @@ def reconstruct_slices(job: Job, solve, work: np.ndarray, wanted: list[int], bat
                     failed.append((job.names[i], "refused", str(error)))
             if read:
                 for i, image in zip(read, solve(np.stack(list(read.values()))), strict=True):
-                    work[i] = image
+                    work[:, i] = image
             bar.update(len(todo[start:start + batch]))
     return failed
 
@@ -147,7 +158,7 @@ def around(index: int, k: int, count: int) -> range:
 
 
 def write_output(args, job: Job, work: np.ndarray, done: np.ndarray, targets: list[Path], header) -> list[tuple]:
-    """The finished volume in the chosen format; of DICOM the files that are not there yet. header: theirs.
+    """A finished volume in the chosen format; of DICOM the files that are not there yet. header: theirs.
 
     A volume that lacks slices is not written: the problem is given back.
     """
@@ -173,7 +184,17 @@ def describe(args, method: str, job: Job, reconstructor) -> dict:
             "method": method, "views": job.views, "size": job.size,
             "weights": hash16(reconstructor.path) if network else None, "dc": reconstructor.dc if network else 0,
             "levels": list(reconstructor.chain(job.views)) if network else None, "format": args.format,
-            "median_z": args.median_z, "deidentify": args.deidentify, **official}
+            "median_z": args.median_z, "deidentify": args.deidentify, **official,
+            **trusted(args, method, reconstructor)}
+
+
+def trusted(args, method: str, reconstructor) -> dict:
+    """What run.json says of --trust: the error network, if there is one."""
+    from models.trust import beside
+
+    if not args.trust or method in BASELINES:
+        return {}
+    return {"trust": hash16(beside(reconstructor.path)) if reconstructor.error_network else "undetermined"}
 
 
 def about(args, job: Job, run: dict) -> str:
@@ -198,6 +219,9 @@ def make_reconstructor(args, job: Job):
     reconstructor = Reconstructor.from_checkpoint(args.checkpoint, device=args.device, dc=args.dc, scanner=scanner)
     for method in args.method:
         reconstructor.check(method)
+    if args.trust and not reconstructor.error_network:
+        print(f"No error network lies beside {reconstructor.path}: no intervals are written, only the undetermined "
+              "share. python -m models.train_trust makes one.")
     if job.size % reconstructor.multiple:
         raise InputError(f"The network takes sizes divisible by {reconstructor.multiple}, not {job.size}; choose "
                          "another --size.")
@@ -210,44 +234,79 @@ def make_reconstructor(args, job: Job):
     return reconstructor
 
 
-def reconstruct(args, job: Job, reconstructor, run: dict, out: Path, header) -> tuple:
-    """All that is missing in OUT, by the method of its run.json: (problems, the slice to show, its HU or None)."""
-    def solve(batch: np.ndarray) -> np.ndarray:
-        return to_hu(reconstructor, run["method"], job, batch)
+def kinds_of(run: dict) -> list[str]:
+    """The volumes that a run writes, by its run.json."""
+    return [IMAGE] + [UNSEEN] * ("trust" in run) + [WIDTH] * (run.get("trust", UNSEEN) != UNSEEN)
 
-    count, hidden = len(job.names), out / ".slices.npy"
-    targets = [out / (VOLUMES[args.format][0] if args.format in VOLUMES else f"slice_{i + 1:04d}.dcm")
-               for i in range(count)]
+
+def targets_of(args, out: Path, kind: str, count: int) -> list[Path]:
+    """The file of each slice of a volume: the same one, or for DICOM its own."""
+    if args.format in VOLUMES:
+        return [out / (kind + VOLUMES[args.format][0])] * count
+    return [(out if kind == IMAGE else out / kind) / f"slice_{i + 1:04d}.dcm" for i in range(count)]
+
+
+def header_of(header, kind: str):
+    """The DICOM header of the volumes beside the image: a series of their own."""
+    if kind == IMAGE:
+        return header
+    other = deepcopy(header)
+    other.SeriesInstanceUID = generate_uid(entropy_srcs=[header.SeriesInstanceUID, kind])
+    other.SeriesNumber += 1 + (kind == WIDTH)
+    what = {UNSEEN: "undetermined share", WIDTH: "half width of the 90% interval"}[kind]
+    other.SeriesDescription = f"{what}, {header.SeriesDescription}"[:64]
+    other.DerivationDescription = f"{what}, HU, of: {header.DerivationDescription}"[:1024]
+    return other
+
+
+def reconstruct(args, job: Job, reconstructor, run: dict, out: Path, header) -> tuple:
+    """All that is missing in OUT, by the method of its run.json: (problems, the slice to show, {kind: its HU})."""
+    def solve(batch: np.ndarray) -> np.ndarray:
+        return to_hu(reconstructor, run["method"], job, batch, kinds)
+
+    kinds, count, hidden = kinds_of(run), len(job.names), out / ".slices.npy"
+    targets = {kind: targets_of(args, out, kind, count) for kind in kinds}
     # The working file outlives a run in which a slice failed: the next run tries that one again.
     again = args.format in VOLUMES and hidden.is_file()
-    missing = [i for i in range(count) if again or not targets[i].is_file()]
+    missing = [i for i in range(count) if again or not all(files[i].is_file() for files in targets.values())]
     if not missing and not (args.out / PREVIEW).is_file():
         missing = [count // 2]
     wanted = sorted({j for i in missing for j in around(i, args.median_z, count)})
     print(f"{count} slices of {job.size} x {job.size}, {len(missing)} of them to do, from {job.views} "
           f"{'measured' if job.scanner else 'simulated'} views by {run['method']}.")
     if not missing:
-        return [], None, None
+        return [], None, {}
     try:
-        work = open_work(hidden, count, job.size)
+        work = open_work(hidden, len(kinds), count, job.size)
         problems = reconstruct_slices(job, solve, work, wanted, args.batch)
-        done = np.array([not (image == MISSING).any() for image in work])
-        problems += write_output(args, job, work, done, targets, header)
+        done = np.array([not (work[:, i] == MISSING).any() for i in range(count)])
+        for volume, (kind, files) in zip(work, targets.items(), strict=True):
+            files[0].parent.mkdir(exist_ok=True)
+            problems += write_output(args, job, volume, done, files, header_of(header, kind))
     except KeyboardInterrupt:
         raise Stopped("Stopped by Ctrl-C. What is done is kept; the same command does the rest.") from None
     shown = min(np.flatnonzero(done).tolist(), key=lambda i: abs(i - count // 2), default=None)
-    image = None if shown is None else smoothed(work, done, shown, args.median_z).copy()
+    images = {} if shown is None else {kind: smoothed(volume, done, shown, args.median_z).copy()
+                                       for kind, volume in zip(kinds, work, strict=True)}
     if done[wanted].all():
         hidden.unlink()
-    return problems, shown, image
+    return problems, shown, images
 
 
-def to_hu(reconstructor, method: str, job: Job, batch: np.ndarray) -> np.ndarray:
-    """HU (B, size, size) int16 by a method from a batch of what job.read gives."""
-    from utils.units import mu_to_hu
+def to_hu(reconstructor, method: str, job: Job, batch: np.ndarray, kinds: list[str]) -> np.ndarray:
+    """HU (B, kinds, size, size) int16 by a method from a batch of what job.read gives."""
+    import torch
+
+    from models.trust import undetermined
+    from utils.units import MU_WATER, mu_to_hu
 
     x0_hat, _ = reconstructor.run(method, job.measure(reconstructor, batch), job.size, photons=job.photons)
-    return mu_to_hu(x0_hat).clamp(*HU_RANGE).round().short().cpu().numpy()[:, 0]
+    found = [mu_to_hu(x0_hat).round()]
+    if UNSEEN in kinds:
+        found.append((undetermined(reconstructor.degrade, x0_hat, job.views) * (1000 / MU_WATER)).round())
+    if WIDTH in kinds:  # rounded up: less would promise too much
+        found.append((reconstructor.half_width(x0_hat, job.views, job.photons) * (1000 / MU_WATER)).ceil())
+    return torch.cat(found, dim=1).clamp(*HU_RANGE).short().cpu().numpy()
 
 
 def report(args, job: Job, problems: list[tuple]) -> int:
@@ -290,15 +349,15 @@ def main(argv=None) -> int:
                                                  job.patient, args.deidentify, position)
         name = "the original" if args.original else job.names[0]
         problems += [(name, "warning", text) for text in odd if args.format == "dicom"]
-        found, shown, image = reconstruct(args, job, reconstructor, runs[method], out, header)
+        found, shown, volumes = reconstruct(args, job, reconstructor, runs[method], out, header)
         write_table(out / "report.csv", ("file", "status", "reason"), dict.fromkeys([*problems, *found]))
         problems += found
-        if image is not None:
-            images[LABELS[method]] = image
-    if len(images) == len(outs):
+        for kind, image in volumes.items():
+            images[LABELS[method] + WORDS[kind]] = image, WINDOWS_OF.get(kind, WINDOWS[0])
+    if images.keys() >= {LABELS[method] for method in outs}:
         if "fbp" not in outs:
-            fbp = to_hu(reconstructor, "fbp", job, np.stack([job.read(shown)[0]]))[0]
-            images = {LABELS["fbp"]: fbp} | images
+            fbp = to_hu(reconstructor, "fbp", job, np.stack([job.read(shown)[0]]), [IMAGE])[0, 0]
+            images = {LABELS["fbp"]: (fbp, WINDOWS[0])} | images
         write_preview(args.out / PREVIEW, images,
                       f"slice {shown + 1} of {len(job.names)}, {job.views} views")
     return report(args, job, problems)

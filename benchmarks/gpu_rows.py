@@ -30,7 +30,7 @@ from datasets.slices import find_slices, read_slices
 from models.checkpoint import save_checkpoint
 from models.cost import cost
 from models.degradation import Degradation
-from models.epct import draw_views
+from models.drawn import draw_views
 from models.graphs import Graphs, directly
 from models.levels import chain_levels
 from models.presets import PRESETS

@@ -202,6 +202,29 @@ def sampling(rows: list[dict]) -> list[str]:
           cell(r.get("psnr_difference"), "+.3f")] for r in rows])
 
 
+def scanners(rows: list[dict]) -> list[str]:
+    """A line for each scanner: FBP, and of each checkpoint PSNR, gain over FBP, and that less the first scanner's."""
+    fbp = unique([row for row in rows if row["method"] == "fbp"], "scanner")
+    chains = grouped([row for row in rows if row["method"] != "fbp"], "checkpoint")
+    gains = {name: {row["scanner"]: row["psnr"] - fbp[row["scanner"],]["psnr"] for row in group}
+             for (name,), group in chains.items()}
+    first = rows[0]["scanner"]
+    return markdown(
+        ["scanner", "FBP", *(text for name in gains for text in (f"{name}: PSNR", "gain", "difference"))],
+        [[name, cell(row["psnr"]), *(text for gain in gains.values() for text in (
+            cell(gain[name] + row["psnr"]), cell(gain[name], "+.2f"), cell(gain[name] - gain[first], "+.2f")))]
+         for (name,), row in fbp.items()])
+
+
+def coverage(rows: list[dict]) -> list[str]:
+    """A line for each view count and noise: share of pixels in their interval, mean error and mean half width."""
+    return markdown(
+        ["views", "photons", "in the interval", "of the body", "worst slice", "mean error HU", "mean half width HU"],
+        [[str(r["views"]), "no noise" if r["photons"] is None else f"{r['photons']:g}",
+          *(f"{100 * r[name]:.1f} %" for name in ("coverage", "body", "worst")),
+          *(f"{r[name]:.1f}" for name in ("error_hu", "width_hu"))] for r in rows])
+
+
 ROBUSTNESS = partial(crossed, names=("measurement", "views"), across=("checkpoint", "method"), heading="{}: {}")
 TABLES = {  # mark: (file in docs/results, its table)
     "test": ("test", summary),
@@ -215,6 +238,8 @@ TABLES = {  # mark: (file in docs/results, its table)
                                        heading="{} {}", last=("commit",))),
     "robustness": ("robustness", ROBUSTNESS),
     "size": ("size", ROBUSTNESS),
+    "scanners": ("scanners", scanners),
+    "coverage": ("coverage", coverage),
     "sampling": ("sampling", sampling),
 }
 

@@ -7,6 +7,8 @@ import numpy as np
 import torch
 from torch_radon import transmission_noise
 
+from datasets.loader import Part
+from models.degradation import Degradation
 from models.levels import LEVELS
 from models.presets import Preset
 from models.scanner import PublishedScanner, Scanner, merged_bins
@@ -106,3 +108,16 @@ def add_noise(sinograms: list[torch.Tensor], noise: list[tuple[float, float]], s
             y = transmission_noise(y, photons, pixel_cm(size), electronic, generator)
         noisy.append(y)
     return noisy
+
+
+def draw_measurement(part: Part, degrade: Degradation, preset: Preset):
+    """(view counts, (photons, electronic noise) or nothing) of a part's slices; a drawn scanner has its own views."""
+    angles = getattr(degrade.scanner, "angles", ())
+    return ([len(angles) or draw_views(u[0], preset) for u in part.uniform],
+            [draw_noise(u[-3:], preset) for u in part.uniform] if preset.noise_share else [])
+
+
+def measure(part: Part, degrade: Degradation, x0: torch.Tensor, n_T: list[int], noise, seed: int) -> list[torch.Tensor]:
+    """Sinograms (1, n, bins) of a part's truths x0 (B, 1, H, H), as `draw_measurement` drew them."""
+    y = degrade.project(x0, n_T)
+    return add_noise(y, noise, x0.shape[-1], seed, part.indices) if noise else y

@@ -9,7 +9,7 @@ import torch
 from datasets.loader import Part
 from models.consistency import data_consistency
 from models.degradation import Degradation
-from models.drawn import add_noise, draw_noise, draw_views
+from models.drawn import draw_measurement, measure
 from models.estimate import anchored_residual, on_device
 from models.levels import LEVELS, chain_levels, condition
 from models.presets import Preset
@@ -76,14 +76,11 @@ def start_chain(part: Part, degrade: Degradation, preset: Preset, device: str, s
 
     A drawn scanner has its n_T views, the same for every slice.
     """
-    x0, size = part.x.to(device, non_blocking=True), part.x.shape[-1]
-    angles = getattr(degrade.scanner, "angles", ())
-    n_T = [len(angles) or draw_views(u[0], preset) for u in part.uniform]
-    noise = [draw_noise(u[-3:], preset) for u in part.uniform] if preset.noise_share else []
+    x0 = part.x.to(device, non_blocking=True)
+    n_T, noise = draw_measurement(part, degrade, preset)
     noisy = any(math.isfinite(photons) for photons, _ in noise)
-    y = degrade.project(x0, n_T) if preset.dc or noisy else None
-    y = add_noise(y, noise, size, seed, part.indices) if noisy else y
-    x_T = torch.cat([degrade.fbp(p[None], size) for p in y]) if noisy else degrade(x0, n_T)
+    y = measure(part, degrade, x0, n_T, noise, seed) if preset.dc or noisy else None
+    x_T = torch.cat([degrade.fbp(p[None], x0.shape[-1]) for p in y]) if noisy else degrade(x0, n_T)
     photons, electronic = None, 0.0
     if noise:
         photons, electronic = torch.tensor(noise, dtype=torch.float32).T.to(device, non_blocking=True)

@@ -9,6 +9,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +25,7 @@ from models.levels import LEVELS, chain_levels, levels_for
 from models.methods import METHODS
 from models.samplers import SAMPLERS, redegrade, shift
 from models.scanner import PublishedScanner, Scanner, to_pixels
+from models.trust import FEW, half_widths, load_error_network, scale_at, undetermined
 from models.unet import UNet, to_bf16
 from models.weights import find_checkpoint
 from utils.device import chosen_device
@@ -66,6 +68,8 @@ class Reconstructor:
         """
         device, path = chosen_device(device), find_checkpoint(str(name))
         network, header = load_checkpoint(path)
+        if header.get("predicts"):
+            raise InputError(f"{path} predicts errors, not images; it serves the checkpoint beside it by --trust.")
         trained_with = header.get("training", {}).get("preset", {}).get("dc", 0)
         said = {"protocol": header.get("protocol", "cvg"), "dc": ITERATIONS if trained_with else 0}
         said |= {key: value for key, value in given.items() if value is not None}
@@ -115,6 +119,10 @@ class Reconstructor:
                                  f"({self.path}) has none; choose another method, or a checkpoint trained with "
                                  "--preset reco, or --channels 2 --residual-channel two-pass.")
 
+    def told(self, photons: float | None, size: int) -> float | None:
+        """The photons that give as much noise in the published field of view, which is what networks know."""
+        return photons and photons * (self.scanner.pixel_cm(size) * size / FIELD_CM) ** 2
+
     @torch.no_grad()
     def run(self, method: str, y: torch.Tensor, size: int | None = None, *, photons: float | None = None,
             electronic: float = 0.0, callback=None, **options) -> tuple[torch.Tensor, list[int]]:
@@ -130,15 +138,33 @@ class Reconstructor:
             return BASELINES[method].run(degrade, y, size, **options), [0] * len(y)
         consistency = data_consistency(degrade, y, self.dc, photons, electronic)
         x_T = degrade.fbp(y, size)
-        # The network knows the noise of the published field of view: so many photons give as much there.
-        told = photons and photons * (self.scanner.pixel_cm(size) * size / FIELD_CM) ** 2
-        denoise = denoiser(self.network, self.protocol == "cvg", self.precision, self.published_levels, told,
-                           self.graphs)
+        denoise = denoiser(self.network, self.protocol == "cvg", self.precision, self.published_levels,
+                           self.told(photons, size), self.graphs)
         estimate = Estimate(denoise, degrade, x_T, n, consistency, self.network.config.anchored, callback)
         update, sampler = redegrade if consistency else shift, SAMPLERS[method]
         if sampler.wraps and self.protocol == "cvg-official" and not consistency:
             options = {"below": self.published_levels} | options
         return sampler.run(estimate, degrade, x_T, self.chain(n), update, **options), estimate.calls
+
+    @torch.no_grad()
+    def half_width(self, x0_hat: torch.Tensor, n_views: int, photons: float | None = None, trusted=None):
+        """Half width of the 90 % interval of images of n views (models/trust.py), (B, 1, H, H) in mu.
+
+        trusted: (error network, scales) in the place of those beside the checkpoint. None where there are none.
+        Raises InputError for wrong ones.
+        """
+        if (trusted := trusted or self.error_network) is None:
+            return None
+        network, scales = trusted
+        told = self.told(photons, x0_hat.shape[-1])
+        width = half_widths(network, x0_hat, undetermined(self.degrade, x0_hat, n_views, FEW),
+                            [n_views] * len(x0_hat), x0_hat.new_full((len(x0_hat),), told or torch.inf))
+        return width * scale_at(scales, n_views, told)
+
+    @cached_property
+    def error_network(self):
+        """(error network, its scales) of the checkpoint, or None. Raises InputError."""
+        return load_error_network(self.path, self.device) if self.path else None
 
 
 def to_device(network: UNet, device: str, precision: str) -> UNet:

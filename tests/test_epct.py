@@ -11,7 +11,8 @@ import train
 from datasets.loader import Part
 from models.consistency import data_consistency
 from models.degradation import Degradation
-from models.epct import advance, draw_views, loss, network_input, next_level, start_chain
+from models.drawn import draw_views
+from models.epct import advance, loss, network_input, next_level, start_chain
 from models.estimate import Estimate
 from models.levels import LEVELS, multiples
 from models.presets import PRESETS

@@ -12,7 +12,8 @@ import models.training
 import train
 from datasets.loader import batches, load_slices, sample_at
 from models.degradation import Degradation
-from models.epct import compose, draw_views, next_level
+from models.drawn import draw_views
+from models.epct import compose, next_level
 from models.levels import LEVELS
 from models.presets import PRESETS
 from models.schedule import inputs_of, learning_rate, update_ema, validation_due

@@ -261,7 +261,7 @@ def test_a_stopped_run_goes_on_where_it_was(tmp_path, monkeypatch, stops):
         fbp(tmp_path, "--format", "npy", "--batch", 1)
     assert not (tmp_path / "out/volume.npy").exists()
     half = np.load(tmp_path / "out/.slices.npy", mmap_mode="r+")
-    half[1, 5:] = reconstruct.MISSING  # killed in the middle of a slice
+    half[0, 1, 5:] = reconstruct.MISSING  # killed in the middle of a slice
     del half
     fbp(tmp_path, "--format", "npy", "--batch", 1)
     assert len(calls) == 3 + 4 and (tmp_path / "out/volume.npy").read_bytes() == whole["volume.npy"]
