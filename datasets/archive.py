@@ -111,7 +111,9 @@ def name_patients(slices: list[Slice], source: str | None = None) -> list[Slice]
     if source == "folder":
         patients = _top_folders(paths)
     elif source == "manifest":
-        patients = dict(zip(paths, patients_of(paths, source), strict=True))
+        named = [replace(one, names=(*one.names, patient_of(Path(one.path).name))) for one in slices]
+        hide = pseudonymizer(named, keep=False)
+        patients = dict(zip(paths, patients_of(paths, source, hide), strict=True))
     else:
         told = {} if source else told_patients(paths)
         named = {path: re.sub(r"\.nii$", "", path.stem, flags=re.I) if path in volumes else patient_of(path.name)

@@ -76,15 +76,16 @@ def told_patients(files: list[Path]) -> dict[Path, str]:
             for row in read_manifest(folder)}
 
 
-def patients_of(files: list[Path], source: str | None = None) -> list[str]:
+def patients_of(files: list[Path], source: str | None = None, hide=str) -> list[str]:
     """Patient of each file: from the manifest.csv in its folder, else from its name.
 
-    source: `manifest` or `name`, and only that. Raises InputError for a file that no manifest tells but should.
+    source: `manifest` or `name`, and only that. hide: as of `unsure`. Raises InputError for a file that no manifest
+    tells but should.
     """
     told = {} if source == "name" else told_patients(files)
     if source == "manifest" and (missing := [f for f in files if f not in told]):
-        raise InputError(f"No manifest.csv tells the patient of {len(missing)} file(s), such as {missing[0].name}; "
-                         "expected a row with file and patient in the table beside it.")
+        raise InputError(f"No manifest.csv tells the patient of {len(missing)} file(s), such as "
+                         f"{hide(missing[0].name)}; expected a row with file and patient in the table beside it.")
     return [told.get(f) or patient_of(f.name) for f in files]
 
 

@@ -19,7 +19,6 @@ from models.levels import FULL_VIEWS
 from utils.errors import InputError
 from utils.files import hash16
 
-
 SCAN = "the scan"  # what report.csv calls a measured INPUT, whose name is often the patient's
 
 

@@ -141,10 +141,12 @@ def test_names_of_files_without_a_header_are_hidden_in_sentences_and_paths(tmp_p
     (tmp_path / "in").mkdir()
     for index, name in enumerate(("Mustermann-Max", "Smith-John")):
         np.save(tmp_path / f"in/{name}.npy", body(16, index))
-    with pytest.raises(SystemExit):
-        run(tmp_path)
+    for options in ((), ("--patients-from", "manifest")):
+        with pytest.raises(SystemExit):
+            run(tmp_path, *options)
     said = capsys.readouterr().err
     assert "each of 2 slices is of a patient of its own (patient-" in said
+    assert "No manifest.csv tells the patient of 2 file(s), such as patient-" in said
     status, _, rows = run(tmp_path, "--patients-from", "name")
     assert status == 0 and len(rows) == 2
     for name in ("Mustermann", "Max", "Smith", "John"):
