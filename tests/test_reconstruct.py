@@ -206,7 +206,7 @@ def test_two_reconstructions_under_one_uid_are_listed(tmp_path, stops):
     for i in range(8):
         make_dicom(tmp_path / f"in/{i}.dcm", side=32, ConvolutionKernel=("B30f", "B70f")[i % 2],
                    ImagePositionPatient=[0, 0, i])
-    with stops("1: 4 slices of in .kernel B30f.* 0 to 6 mm., 2: 4 slices of in .kernel B70f.* 1 to 7 mm.*; choose one"):
+    with stops("1: 4 slices .kernel B30f.* 0 to 6 mm., 2: 4 slices .kernel B70f.* 1 to 7 mm.*; choose one"):
         fbp(tmp_path)
     files, _ = read(fbp(tmp_path, "--series", 2))
     assert [file.ImagePositionPatient[2] for file in files] == [1, 3, 5, 7]
