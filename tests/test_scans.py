@@ -247,7 +247,7 @@ def test_rows_of_a_cone_beam_near_its_plane_are_fan_beams(tmp_path, scan):
     with pytest.raises(InputError, match="40 rows beyond 1.2 degrees.*RTK, TIGRE or LEAP"):
         near_plane(rows | {"detector_row_offset_mm": 300}, 40)
     said = scan(np.stack([LINES] * 3, axis=1), "--axes", "views,rows,bins", expect=1, detector_row_pitch_mm=40)
-    assert "Refused: scan.npy has 2 rows beyond 1.2 degrees" in said and "RTK" in said
+    assert "Refused: the scan has 2 rows beyond 1.2 degrees" in said and "RTK" in said
     assert np.load(tmp_path / "out/volume.npy").shape == (1, 64, 64) and error(tmp_path) < 60
 
 
