@@ -38,6 +38,8 @@ PREVIEW = "preview.png"
 VOLUMES = {"nifti": (".nii.gz", write_volume.write_nifti), "npy": (".npy", write_volume.write_npy)}
 IMAGE, UNSEEN, WIDTH = "volume", "undetermined", "half_width"  # what is written, HU: the last two by --trust
 WORDS = {IMAGE: "", UNSEEN: ", undetermined share", WIDTH: ", half width (90 %)"}
+HINTS = {"trust": "it was begun with another --trust, or with another error network beside the checkpoint. Give --out "
+                  "a new folder, or put back what was there."}
 WINDOWS_OF = {UNSEEN: (800, 0), WIDTH: (200, 100)}  # in the preview; an image has the headline window
 
 
@@ -219,19 +221,32 @@ def make_reconstructor(args, job: Job):
     reconstructor = Reconstructor.from_checkpoint(args.checkpoint, device=args.device, dc=args.dc, scanner=scanner)
     for method in args.method:
         reconstructor.check(method)
-    if args.trust and not reconstructor.error_network:
-        print(f"No error network lies beside {reconstructor.path}: no intervals are written, only the undetermined "
-              "share. python -m models.train_trust makes one.")
+    if args.trust:
+        say_of_trust(args, job, reconstructor)
     if job.size % reconstructor.multiple:
         raise InputError(f"The network takes sizes divisible by {reconstructor.multiple}, not {job.size}; choose "
                          "another --size.")
     if job.scanner and not reconstructor.header.get("training", {}).get("preset", {}).get("scanner_share"):
         print("The network was trained on the views of one simulated scanner; how well it does on this one is unknown: "
               "compare with --method fbp.")
-    if job.scanner and not job.photons and reconstructor.network.config.told_photons:
-        print("The photons of this scan are unknown, so the network takes it for one without noise: give photons in "
-              "the geometry.")
+    if job.scanner and not job.photons and (args.trust or reconstructor.network.config.told_photons):
+        print("The photons of this scan are unknown, so it is taken for one without noise: give photons in the "
+              "geometry.")
     return reconstructor
+
+
+def say_of_trust(args, job: Job, reconstructor) -> None:
+    """Print what the volumes of --trust will not tell. Raises InputError for a wrong error network."""
+    from models.trust import uncalibrated
+
+    if not reconstructor.error_network:
+        return print(f"No error network lies beside {reconstructor.path}: no intervals are written, only the "
+                     "undetermined share. python -m models.train_trust makes one.")
+    for method in args.method:
+        other = "" if method in BASELINES else uncalibrated(reconstructor.error_network[1], method, reconstructor.dc,
+                                                            job.views, job.size, job.scanner)
+        if other:
+            print(f"The 90 % intervals of {method} were not calibrated for {other}: how often they hold is unknown.")
 
 
 def kinds_of(run: dict) -> list[str]:
@@ -253,6 +268,7 @@ def header_of(header, kind: str):
     other = deepcopy(header)
     other.SeriesInstanceUID = generate_uid(entropy_srcs=[header.SeriesInstanceUID, kind])
     other.SeriesNumber += 1 + (kind == WIDTH)
+    other.WindowWidth, other.WindowCenter = WINDOWS_OF[kind]
     what = {UNSEEN: "undetermined share", WIDTH: "half width of the 90% interval"}[kind]
     other.SeriesDescription = f"{what}, {header.SeriesDescription}"[:64]
     other.DerivationDescription = f"{what}, HU, of: {header.DerivationDescription}"[:1024]
@@ -339,7 +355,7 @@ def main(argv=None) -> int:
     original = write_volume.read_original(job.original) if job.original else None
     outs = {method: args.out / method if len(args.method) > 1 else args.out for method in args.method}
     reconstructor = make_reconstructor(args, job)
-    runs = {method: claim(out, describe(args, method, job, reconstructor), "reconstruction",
+    runs = {method: claim(out, describe(args, method, job, reconstructor), "reconstruction", hints=HINTS,
                           once={"series_uid": generate_uid(), **job.checks}) for method, out in outs.items()}
     if job.checks:
         print(f"The best image leaves {job.checks['residual']:.1%} of the measurement unexplained; 1% is usual.")

@@ -9,7 +9,7 @@ OUT=runs/$PRESET         # checkpoints and curves
 IMAGES=                  # training images to see in all (empty: the preset's)
 SEED=3407
 GPUS=1                   # more than one: a process for each, which share every batch
-FLAGS=                   # more of train.py, such as --augment: flips and turns, where slices are few
+FLAGS=                   # more of train.py: --augment, flips and turns; --init models/tiny.safetensors for preset real
 
 . utils/environment.sh
 echo "Training $PRESET on $DATA into $OUT (stop with Ctrl-C; run again to resume)."

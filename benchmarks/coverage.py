@@ -11,10 +11,11 @@ from pathlib import Path
 import torch
 
 from datasets.slices import evenly_spaced, find_slices, read_slices
+from fig.tables import coverage as table
 from models.degradation import Degradation
 from models.reconstructor import Reconstructor
 from models.train_trust import METHOD, PHOTONS, VIEWS, interval
-from models.trust import COVERAGE, beside
+from models.trust import beside
 from utils.cli import Parser, script
 from utils.errors import InputError
 from utils.files import atomic
@@ -54,12 +55,7 @@ def main(argv=None):
     for n, photons in Progress(grid, desc="Coverage", unit="condition"):
         error, width = interval(reconstructor, x0, [f.name for f in files], n, photons)
         rows.append({"method": METHOD, "views": n, "photons": photons, **coverage(error, width, x0)})
-    print(f"Intervals that shall hold {COVERAGE:.0%}, {len(x0)} slices:")
-    print("| views | photons | coverage | of the body | worst slice | mean error HU | mean half width HU |")
-    print("|---|---|---|---|---|---|---|")
-    for row in rows:
-        print(f"| {row['views']} | {row['photons'] or 'no noise'} | {row['coverage']:.1%} | {row['body']:.1%} | "
-              f"{row['worst']:.1%} | {row['error_hu']:.1f} | {row['width_hu']:.1f} |")
+    print("\n".join(table(rows)))
     if args.json:
         with atomic(args.json) as partial:
             partial.write_text(json.dumps(rows, indent=1), encoding="utf-8")

@@ -19,20 +19,20 @@ def load_slices(data, val_fraction: float, val_slices: int, seed: int, multiple:
     """((names, mu), (names, mu), fingerprints, traces) of training and validation slices; mu: (N, 1, H, H) in 1/cm.
 
     val_slices: how many validate, spread evenly over theirs; 0: all. trust, source: as of datasets.slices. What is odd
-    about the slices is said. Traces: of the training slices, as datasets.leakage makes them.
+    about the slices is said. Traces: of both, as datasets.leakage makes them.
     """
     train = find_slices(data, "train")
     one_folder = train[0].parent == Path(data)
     train, val = (split_by_patient(train, val_fraction, seed, source) if one_folder
                   else (train, find_slices(data, "val")))
-    splits, prints, owners, seen = [], [], [], None
+    splits, prints, owners, seen = [], [], [], []
     for files, part in ((train, "train"), (val, "validate")):
         files, hu = read_slices(files, multiple, strict, trust)
         if val_slices and splits:
             chosen = evenly_spaced(len(hu), val_slices)
             files, hu = [files[i] for i in chosen], hu[chosen]
         owners.append(set(patients_of(files, source)))
-        seen = seen or traces(files, hu, source)
+        seen.append(traces(files, hu, source))
         print(f"{len(files)} slices of {len(owners[-1])} patient(s) {part}.")
         for text in remarks(files, hu) if source is None else ():
             print(f"Warning: {text}")

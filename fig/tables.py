@@ -11,6 +11,7 @@ its file is named, and the exit status is 1.
 """
 
 import json
+import math
 import re
 from functools import partial
 from pathlib import Path
@@ -203,17 +204,21 @@ def sampling(rows: list[dict]) -> list[str]:
 
 
 def scanners(rows: list[dict]) -> list[str]:
-    """A line for each scanner: FBP, and of each checkpoint PSNR, gain over FBP, and that less the first scanner's."""
-    fbp = unique([row for row in rows if row["method"] == "fbp"], "scanner")
-    chains = grouped([row for row in rows if row["method"] != "fbp"], "checkpoint")
-    gains = {name: {row["scanner"]: row["psnr"] - fbp[row["scanner"],]["psnr"] for row in group}
-             for (name,), group in chains.items()}
-    first = rows[0]["scanner"]
-    return markdown(
-        ["scanner", "FBP", *(text for name in gains for text in (f"{name}: PSNR", "gain", "difference"))],
-        [[name, cell(row["psnr"]), *(text for gain in gains.values() for text in (
-            cell(gain[name] + row["psnr"]), cell(gain[name], "+.2f"), cell(gain[name] - gain[first], "+.2f")))]
-         for (name,), row in fbp.items()])
+    """A line for each scanner and view count: FBP, and of each checkpoint its chain, its gain over FBP, and how far
+    that is from the gain on the first scanner."""
+    names = [name for name in column(rows, "checkpoint") if name is not None]
+    lines, first = [], {}
+    for (scanner, views), group in grouped(rows, "scanner", "views").items():
+        found = unique(group, "checkpoint")
+        fbp = found.get((None,), {}).get("psnr", math.nan)
+        line = [scanner, str(views), f"{fbp:.2f}"]
+        for name in names:
+            psnr = found.get((name,), {}).get("psnr", math.nan)
+            gain = psnr - fbp
+            line += [f"{psnr:.2f}", f"{gain:+.2f}", f"{gain - first.setdefault(name, gain):+.2f}"]
+        lines.append([text.replace("+nan", "-").replace("nan", "-") for text in line])
+    heads = [text for name in names for text in (name, "gain", "difference")]
+    return markdown(["scanner", "views", "FBP", *heads], lines)
 
 
 def coverage(rows: list[dict]) -> list[str]:

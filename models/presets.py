@@ -181,8 +181,8 @@ PRESETS = {
     "tiny": TINY,
     # `tiny` goes on with noise and other scanners: --init models/tiny.safetensors. Small batches, many steps.
     "real": replace(
-        TINY, **REAL, images=6000, batch=4, focus_views="18 24 36 72", epct_start=0, lr=6e-4, warmup=50, ema_start=0,
-        val_slices=5, val_every=600, save_every=80),
+        TINY, **REAL, images=3200, batch=4, focus_views="18 24 36 72", epct_start=0, lr=5e-4, warmup=50, ema_start=0,
+        val_slices=5, val_every=800, save_every=80),
     # 8.6 M parameters, 46 GFLOP a call, the recipe of `tiny` and `real`: for one GPU. No trained result yet.
     "small": replace(
         TINY, **REAL, width=64, images=200_000, batch=16, augment=True, epct_start=1000, lr=5e-4, warmup=500,

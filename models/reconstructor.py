@@ -150,20 +150,20 @@ class Reconstructor:
     def half_width(self, x0_hat: torch.Tensor, n_views: int, photons: float | None = None, trusted=None):
         """Half width of the 90 % interval of images of n views (models/trust.py), (B, 1, H, H) in mu.
 
-        trusted: (error network, scales) in the place of those beside the checkpoint. None where there are none.
-        Raises InputError for wrong ones.
+        trusted: (error network, its header) in the place of the one beside the checkpoint. None where there is none.
+        Raises InputError for a wrong one.
         """
         if (trusted := trusted or self.error_network) is None:
             return None
-        network, scales = trusted
+        network, header = trusted
         told = self.told(photons, x0_hat.shape[-1])
         width = half_widths(network, x0_hat, undetermined(self.degrade, x0_hat, n_views, FEW),
                             [n_views] * len(x0_hat), x0_hat.new_full((len(x0_hat),), told or torch.inf))
-        return width * scale_at(scales, n_views, told)
+        return width * scale_at(header["scales"], n_views, told)
 
     @cached_property
     def error_network(self):
-        """(error network, its scales) of the checkpoint, or None. Raises InputError."""
+        """(error network, its header) of the checkpoint, or None. Raises InputError."""
         return load_error_network(self.path, self.device) if self.path else None
 
 

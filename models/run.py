@@ -35,7 +35,7 @@ class Run:
         self.description = {"preset": preset.mathematics(), "seed": args.seed}
         self.description |= {"init": hash16(args.init)} if args.init else {}
         before, found = self._find()
-        (self.names, slices), (_, val_slices), fingerprints, traces = load_slices(
+        (self.names, slices), (_, val_slices), fingerprints, (traces, _) = load_slices(
             args.data, args.val_fraction, preset.val_slices, args.seed, preset.network().multiple, args.strict,
             args.trust_hu, args.patients_from)
         self.description["data"] = fingerprints

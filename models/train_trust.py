@@ -8,6 +8,7 @@ checkpoint. The same command makes the samples that are missing, then trains and
 """
 
 import math
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,12 +18,14 @@ import torch
 from models.presets import Preset, of_this_version
 from models.weights import find_checkpoint
 from utils.cli import Parser, script
+from utils.errors import InputError
 from utils.files import atomic, hash16
 from utils.progress import Progress
 
 VIEWS, PHOTONS = (18, 36, 72), (None, 1e6, 1e5, 1e4)  # of the calibration
 METHOD = "spdps"                                      # of reconstruct.py, by default
 BATCH = 4
+UNSCALED = {"scales": [[18, None, 1.0]]}
 
 
 def pinball(error: torch.Tensor, q: torch.Tensor, coverage: float) -> torch.Tensor:
@@ -41,9 +44,13 @@ def conformal_scale(ratios: torch.Tensor, coverage: float) -> float:
 
 
 def recipe(header: dict) -> Preset:
-    """How the checkpoint's training drew measurements, without composed inputs."""
-    found = of_this_version(header.get("training", {}).get("preset", {}))
-    return replace(Preset(**found), hops=1, batch=1, augment=False, accumulate=1)
+    """How the checkpoint's training drew measurements. Raises InputError where this version cannot draw them."""
+    try:
+        found = Preset(**of_this_version(header.get("training", {}).get("preset", {})))
+    except TypeError as error:
+        raise InputError(f"The checkpoint was trained with fields that this version does not know ({error}).") from None
+    found.check()
+    return replace(found, hops=1, batch=1, augment=False, accumulate=1)
 
 
 def make_sample(reconstructor, preset: Preset, truths: torch.Tensor, index: int, seed: int):
@@ -51,6 +58,7 @@ def make_sample(reconstructor, preset: Preset, truths: torch.Tensor, index: int,
     from datasets.loader import load_batch
     from models.degradation import Degradation
     from models.drawn import draw_measurement, draw_scanner, measure
+    from models.graphs import directly
     from models.trust import FEW, undetermined
 
     _, (part,), _ = load_batch(truths, (index, index + 1), seed, preset)
@@ -59,7 +67,7 @@ def make_sample(reconstructor, preset: Preset, truths: torch.Tensor, index: int,
     x0 = part.x.to(reconstructor.device)
     (y,), ((photons, electronic),) = measure(part, degrade, x0, n_T, noise, seed), noise or [(math.inf, 0.0)]
     photons = photons if math.isfinite(photons) else None
-    one = replace(reconstructor, scanner=degrade.scanner)
+    one = replace(reconstructor, scanner=degrade.scanner, graphs=directly)  # no two samples are alike
     x0_hat, _ = one.run(METHOD, y[None], x0.shape[-1], photons=photons, electronic=electronic)
     unseen = undetermined(degrade, x0_hat, n_T[0], FEW)
     told = one.told(photons, x0.shape[-1]) or math.inf
@@ -71,14 +79,15 @@ def make_samples(args, reconstructor, preset: Preset, truths: torch.Tensor):
     folder, conditions, arrays = args.out / "samples", [], []
     folder.mkdir(exist_ok=True)
     for index in Progress(range(args.samples), desc="Samples", unit="slice"):
-        path = folder / f"{index:05d}.npz"
-        if not path.is_file():
-            (views, photons), found = make_sample(reconstructor, preset, truths, index, args.seed)
+        path, found = folder / f"{index:05d}.npz", None
+        with suppress(Exception), np.load(path, allow_pickle=False) as file:  # not there, or damaged in whatever way
+            found = file["condition"], file["arrays"]
+        if found is None:
+            found = make_sample(reconstructor, preset, truths, index, args.seed)
             with atomic(path) as partial, open(partial, "wb") as file:
-                np.savez(file, condition=np.array([views, photons]), arrays=found)
-        with np.load(path, allow_pickle=False) as file:
-            conditions.append(file["condition"])
-            arrays.append(file["arrays"])
+                np.savez(file, condition=np.array(found[0]), arrays=found[1])
+        conditions.append(found[0])
+        arrays.append(found[1])
     return np.array(conditions), np.array(arrays)
 
 
@@ -124,7 +133,7 @@ def interval(reconstructor, x0: torch.Tensor, names: list[str], n_views: int, ph
         y = simulate_measurement(one, n_views, [name], reconstructor.degrade, Noise(photons))
         x0_hat, _ = reconstructor.run(METHOD, y, one.shape[-1], photons=photons)
         errors.append((x0_hat - one).abs())
-        widths.append(reconstructor.half_width(x0_hat, n_views, photons, network and (network, [[18, None, 1.0]])))
+        widths.append(reconstructor.half_width(x0_hat, n_views, photons, network and (network, UNSCALED)))
     return torch.cat(errors), torch.cat(widths)
 
 
@@ -133,7 +142,7 @@ def calibrate(args, reconstructor, error_network, names: list[str], x0: torch.Te
     from models.trust import COVERAGE
 
     rows = []
-    for n, photons in Progress([(n, p) for n in VIEWS for p in args.photons], desc="Calibration", unit="condition"):
+    for n, photons in Progress([(n, p) for n in VIEWS for p in PHOTONS], desc="Calibration", unit="condition"):
         error, width = interval(reconstructor, x0, names, n, photons, error_network)
         rows.append([n, photons, conformal_scale((error / width).flatten(), COVERAGE)])
     return rows
@@ -142,7 +151,8 @@ def calibrate(args, reconstructor, error_network, names: list[str], x0: torch.Te
 def parse(argv=None):
     parser = Parser("python -m models.train_trust", __doc__)
     parser.add_argument("--checkpoint", default="tiny", help="as of test.py")
-    parser.add_argument("--data", required=True, help="folder with train_img/ and val_img/")
+    parser.add_argument("--data", required=True, help="folder with train_img/ and val_img/, as in the "
+                        "training of the checkpoint")
     parser.add_argument("--out", required=True, type=Path, help="folder for samples and the error network")
     parser.add_argument("--samples", type=int, default=400, help="reconstructed training slices")
     parser.add_argument("--passes", type=int, default=8, help="over them")
@@ -161,6 +171,7 @@ def parse(argv=None):
 def main(argv=None):
     args = parse(argv)
     checkpoint = find_checkpoint(args.checkpoint)
+    from datasets.leakage import met_again
     from datasets.loader import load_slices  # these need PyTorch, which takes two seconds
     from models.checkpoint import save_checkpoint
     from models.reconstructor import Reconstructor
@@ -171,21 +182,27 @@ def main(argv=None):
     reconstructor = Reconstructor.from_checkpoint(checkpoint, device=args.device)
     run_folder.lock(args.out)
     preset = recipe(reconstructor.header)
-    args.photons = PHOTONS if preset.noise_share else (None,)
-    (names, slices), (val_names, val), fingerprints, _ = load_slices(args.data, 0.1, args.val_slices, args.seed,
-                                                                     reconstructor.multiple, strict=False)
+    seed = reconstructor.header.get("training", {}).get("seed", args.seed)  # where one folder is split: as it was then
+    (names, slices), (val_names, val), fingerprints, (_, calibrating) = load_slices(
+        args.data, 0.1, args.val_slices, seed, reconstructor.multiple, strict=False)
+    again = met_again(reconstructor.header.get("traces"), calibrating)
+    if again != "unknown" and any(again.values()):
+        raise InputError(f"{again['slices']} slices and {again['patients']} patients that would calibrate took part in "
+                         f"the training of {checkpoint}; put others into val_img/.")
     made = {name: getattr(args, name) for name in ("samples", "passes", "width", "seed")}
-    run_folder.claim(args.out, {"of": hash16(checkpoint), "data": fingerprints, "method": METHOD, **made},
+    run_folder.claim(args.out, {"of": hash16(checkpoint), "data": fingerprints, "method": METHOD, "seed": args.seed},
                      "run of models.train_trust")
     device = reconstructor.device
     truths, val = (ground_truths(mu, device, torch.float32) for mu in (slices, val))
-    network = train(args, *make_samples(args, reconstructor, preset, truths), device)
+    network = train(args, *make_samples(args, reconstructor, preset, truths), device).half().float()  # as it is stored
     scales = calibrate(args, reconstructor, network, val_names, val.to(device))
     target = args.out / beside(checkpoint).name
     save_checkpoint(target, network.half().state_dict(), network.config, {
-        "predicts": "error", "of": hash16(checkpoint), "scales": scales, "method": METHOD, "commit": state.commit(),
+        "predicts": "error", "of": hash16(checkpoint), "scales": scales, "method": METHOD, "dc": reconstructor.dc,
+        "size": val.shape[-1], "commit": state.commit(),
         "made": made | {"data": fingerprints, "training_slices": len(names), "calibration_slices": len(val_names)}})
-    print("Scales: " + ", ".join(f"{n} views {photons or 'no noise'} {scale:.2f}" for n, photons, scale in scales))
+    print("Scales: " + ", ".join(f"{n} views {'no noise' if photons is None else f'{photons:g} photons'} {scale:.2f}"
+                                 for n, photons, scale in scales))
     print(f"Written: {target}. Put it beside {checkpoint}.")
 
 

@@ -100,16 +100,16 @@ def build(preset: Preset, seed: int, device: str, init: Path | None = None):
     network = UNet(preset.network()).to(device, preset.dtype)
     if init:
         weights, _ = load_checkpoint(init, device)
-        free = ["conditioning", "dropout", "zero_init"]  # these have no weights of their own,
+        # The first three have no weights of their own. Photons add nothing at first, nor where there is no noise.
+        free = ["conditioning", "dropout", "zero_init", "told_photons"]
         if weights.config.channels == 1:
-            free += ["channels", "residual_channel"]  # and a residual channel can start from none
-        if not weights.config.told_photons:  # nor does being told the photons, which adds nothing at first
-            free.append("told_photons")
+            free += ["channels", "residual_channel"]  # a residual channel can start from none
         if replace(weights.config, **{name: getattr(preset, name) for name in free}) != network.config:
             raise InputError(f"{init} holds another architecture than this preset; repeat the flags that made it.")
         state, added = weights.state_dict(), network.conv_in.in_channels - weights.conv_in.in_channels
         state["conv_in.weight"] = F.pad(state["conv_in.weight"], (0, 0, 0, 0, 0, added))  # which are ignored at first
-        network.load_state_dict(network.state_dict() | state)
+        known = network.state_dict()
+        network.load_state_dict(known | {name: value for name, value in state.items() if name in known})
     if torch.device(device).type == "cuda":
         network.to(memory_format=torch.channels_last)
     ema = copy.deepcopy(network).requires_grad_(False).train(preset.ema_dropout)

@@ -181,7 +181,7 @@ def test_a_known_name_is_the_file_that_was_published(tmp_path, monkeypatch):
 
 
 def test_names_and_addresses(tmp_path):
-    assert load_checkpoint(find_checkpoint("tiny"))[1]["preset"] == "tiny"
+    assert load_checkpoint(find_checkpoint("tiny"))[1]["preset"] == "real"
     for wrong, sentence in {"huge": "one of tiny, cvg-diff", "hf://owner/net.pkl": "hf://owner/repository/file"}.items():
         with pytest.raises(InputError, match=sentence):
             find_checkpoint(wrong)

@@ -10,7 +10,7 @@ from conftest import ROOT
 
 import train
 from datasets.loader import Part, load_batch
-from models.checkpoint import load_checkpoint
+from models.checkpoint import load_checkpoint, save_checkpoint
 from models.degradation import Degradation
 from models.drawn import (
     FIELD,
@@ -134,12 +134,22 @@ def test_a_noisy_measurement_is_the_restore_input_and_what_consistency_fits(scan
     assert not torch.equal(chain.dc(near, [0, 1])[1], near[1]), "and there is none here"
 
 
-def test_old_weights_give_the_same_to_the_bit_until_the_network_learns_of_photons():
-    old, _ = load_checkpoint(TINY)
-    network, _, _ = build(PRESETS["real"], 0, "cpu", TINY)
+@pytest.fixture
+def untold(tmp_path):
+    """The shipped weights without what tells the photons, as a checkpoint."""
+    network, _, _ = build(PRESETS["tiny"], 0, "cpu", TINY)
+    save_checkpoint(tmp_path / "untold.safetensors", network.state_dict(), network.config, {})
+    return tmp_path / "untold.safetensors"
+
+
+def test_weights_give_the_same_to_the_bit_until_the_network_learns_of_photons(untold):
+    old, shipped = (load_checkpoint(path)[0] for path in (untold, TINY))
+    network, _, _ = build(PRESETS["real"], 0, "cpu", untold)
     network.eval()
+    assert shipped.config.told_photons and not old.config.told_photons
     x, t = torch.rand(2, 2, 32, 32) * 0.3, torch.tensor([7.0, 2.5])
     with torch.no_grad():
+        assert torch.equal(shipped(x, t), old(x, t)), "without noise photons can be left away"
         for photons in (None, torch.tensor([1e4, math.inf])):
             assert torch.equal(network(x, t, photons), old(x, t))
         torch.nn.init.normal_(network.photons.dense[1].weight, std=0.1)
@@ -155,9 +165,9 @@ def test_old_weights_give_the_same_to_the_bit_until_the_network_learns_of_photon
     assert fresh.state_dict().keys() < told.state_dict().keys()
 
 
-def test_training_moves_what_tells_the_photons():
+def test_training_moves_what_tells_the_photons(untold):
     mu = torch.rand(4, 1, 32, 32, generator=torch.Generator().manual_seed(0)) * 0.3
-    trainer = Trainer(SMALL, seed=0, steps=8, device="cpu", init=TINY)
+    trainer = Trainer(SMALL, seed=0, steps=8, device="cpu", init=untold)
     for first in (0, 2):
         _, parts, weight = load_batch(mu, (first, first + 2), 0, SMALL)
         trainer.update(parts, weight, 0)

@@ -63,7 +63,7 @@ def test_a_scan_is_reconstructed_by_five_lines():
 def test_the_shipped_checkpoint_says_how_it_works():
     r = Reconstructor.from_checkpoint("tiny", device="cpu")
     assert (r.protocol, r.dc, r.precision, r.published_levels, r.device) == ("cvg", ITERATIONS, "fp32", LEVELS, "cpu")
-    assert r.chain(24) == multiples(24) and r.path.name == "tiny.safetensors" and r.header["preset"] == "tiny"
+    assert r.chain(24) == multiples(24) and r.path.name == "tiny.safetensors" and r.header["preset"] == "real"
     assert not r.network.training and r.multiple == 16 and not r.degrade.official
     plain = Reconstructor.from_checkpoint("tiny", device="cpu", dc=0, levels=(72, 288))
     assert plain.dc == 0 and plain.chain(24) == (288, 72, 24)
