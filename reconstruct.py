@@ -53,7 +53,7 @@ def arguments() -> Parser:
                         "need no checkpoint")
     parser.add_argument("--checkpoint", default="tiny", help="as of test.py")
     parser.add_argument("--dc", type=int, help="iterations of data consistency after every network call "
-                        "(default: 16, and 0 for weights that were trained without)")
+                        "(default: 24, and 0 for weights that were trained without)")
     parser.add_argument("--geometry", type=Path, help="the scanner of a measured sinogram, JSON or YAML (default: "
                         "INPUT is a series of slices, or says it itself)")
     parser.add_argument("--dataset", help="which array of an HDF5 or .mat file (default: its only one, or "

@@ -60,7 +60,7 @@ def parse(argv=None):
                         "measured)")
     parser.add_argument("--start", type=float, default=0.0, help="angle of the first view, radians")
     parser.add_argument("--dc", type=int, help="iterations of data consistency after every network call; 0 gives the "
-                        "published samplers (default: 16, and 0 for weights that were trained without)")
+                        "published samplers (default: 24, and 0 for weights that were trained without)")
     parser.add_argument("--semantic-budget", type=int,
                         help="spdps: n (default 2 below 72 views, 1 from there on and with data consistency)")
     parser.add_argument("--refine-steps", type=int, default=4, help="spdps: m, network calls of the detail phase")

@@ -64,7 +64,7 @@ class Reconstructor:
 
         name: a known name (tiny, cvg-diff), a file, or hf://owner/repository/file. device: a GPU if there is one.
         given: scanner, precision, protocol, dc and levels, as above; None is as if it were not given. By default dc is
-        16, or 0 for weights that were trained without. Raises InputError with a sentence for what cannot be.
+        24, or 0 for weights that were trained without. Raises InputError with a sentence for what cannot be.
         """
         device, path = chosen_device(device), find_checkpoint(str(name))
         network, header = load_checkpoint(path)
