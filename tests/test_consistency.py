@@ -11,7 +11,7 @@ from torch_radon import transmission_noise
 
 import models.evaluation
 import test as evaluation
-from models.consistency import data_consistency, deviation
+from models.consistency import MARGIN, data_consistency, deviation
 from models.degradation import Degradation
 from models.estimate import Estimate
 from models.methods import METHODS
@@ -113,7 +113,7 @@ def test_noisy_measurements_are_fitted_no_closer_than_their_noise():
     known, blind = fit(40, photons), fit(40)
     assert errors(known).mean() < 0.9 * errors(start).mean() and (errors(known) < 0.7 * errors(blind)).all()
     for i in range(3):  # the path is that of the unweighted fit, left at the first iterate that noise would explain
-        left = next(k for k in range(1, 41) if misfits(fit(k))[i] <= 1)
+        left = next(k for k in range(1, 41) if misfits(fit(k))[i] <= MARGIN)
         torch.testing.assert_close(known[i], fit(left)[i])
 
 
