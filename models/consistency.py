@@ -9,7 +9,7 @@ from models.graphs import directly
 ITERATIONS = 24  # when sampling (docs/results/iterations.json)
 # Of the discrepancy principle. What a good estimate leaves scatters about its expectation, and exceeds it where rays
 # have few photons. Without a margin iterations begin that only fit noise (docs/results/margin.json).
-MARGIN = 1.2
+MARGIN = 1.3
 
 
 def data_consistency(degrade: Degradation, y, iterations: int, photons=None, electronic=0.0):

@@ -200,7 +200,7 @@ def cautions(reconstructor: Reconstructor, methods: list[str], size: int, photon
     texts, least = [], preset.get("fewest_photons")
     if size != trained:
         texts.append(f"the weights were trained on slices of {trained} pixels a side, and these have {size}. At "
-                     f"512 pixels tiny, trained on 256, lost {LOSS_AT_512} dB (docs/results.md, Other sizes).")
+                     f"512 pixels weights of 256 lost {LOSS_AT_512} dB (docs/results.md, Other sizes).")
     if photons and not preset.get("noise_share"):
         texts.append(f"the weights were trained without noise, and {photons:g} photons a ray are simulated.")
     elif photons and isinstance(least, int | float) and photons < least:
