@@ -39,7 +39,7 @@ def main(argv=None):
     parser = Parser("python -m benchmarks.coverage", __doc__)
     parser.add_argument("--data", required=True, help="folder with test_img/, or of HU .npy slices")
     parser.add_argument("--checkpoint", default="tiny", help="as test.py takes it")
-    parser.add_argument("--views", type=int, nargs="+", default=VIEWS, help="of the measurements")
+    parser.add_argument("--views", type=int, nargs="+", default=list(VIEWS), help="of the measurements")
     parser.add_argument("--limit", type=int, help="this many slices, evenly spread over the folder (default: all)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows there too (default: nowhere)")
     parser.add_device()

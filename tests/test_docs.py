@@ -30,7 +30,7 @@ OTHER = ("bash test.sh", "bash train.sh", ". .venv/bin/activate", "pip install a
 # Minutes to hours, many slices or a download: their flags are checked.
 LONG = (r"train.py --preset (tiny|real|paper|base)(?!.*--dry-run)", r"benchmarks\.\w+", r"fig.framework",
         r"models.train_trust",
-        r"test.py .*(--limit (8|16)|cvg-diff)", r"test.py --data DATA --out results/test",
+        r"test.py .*(--limit (5|8|16)|cvg-diff)", r"test.py --data DATA --out results/test",
         r"datasets.rebin", r"(test.py --data|reconstruct.py) (FAN|PROJECTIONS)")
 
 
