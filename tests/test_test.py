@@ -315,7 +315,7 @@ def test_what_weights_were_not_trained_for_is_said_last(data, checkpoint, tmp_pa
     found = json.loads((ROOT / "docs" / "results" / "size.json").read_text())["rows"]
     psnr = {row["measurement"]: row["psnr"] for row in found if row["method"] == "spdps"}
     assert f"{psnr['256 pixels'] - psnr['512 pixels']:.1f}" == str(evaluate.LOSS_AT_512)
-    assert "trained on slices of 256 pixels a side, and these have 32. At 512 pixels tiny" in go()[0]
+    assert "trained on slices of 256 pixels a side, and these have 32. At 512 pixels weights of 256" in go()[0]
     assert go(size=32) == [] == go(method="fbp")
     assert "trained without noise, and 1000 photons a ray" in go("--photons", 1e3, size=32)[0]
     noisy = {"noise_share": 0.5, "fewest_photons": 1e4}

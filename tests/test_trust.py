@@ -11,7 +11,7 @@ from conftest import body
 from test_reconstruct import series
 
 import reconstruct
-from benchmarks import coverage
+from benchmarks import intervals
 from datasets.leakage import traces
 from models import train_trust
 from models.checkpoint import load_checkpoint, save_checkpoint
@@ -105,7 +105,7 @@ def test_an_error_network_is_made_and_serves_reconstruct(tmp_path, data, weights
     checkpoint.parent.mkdir()
     checkpoint.write_bytes(weights.read_bytes())
     (tmp_path / "here/net-trust.safetensors").write_bytes(made.read_bytes())
-    table = call(coverage.main, "--data", data, "--checkpoint", checkpoint, "--limit", 2, "--views", 18, "--device",
+    table = call(intervals.main, "--data", data, "--checkpoint", checkpoint, "--limit", 2, "--views", 18, "--device",
                  "cpu", "--json", tmp_path / "coverage.json")
     rows = json.loads((tmp_path / "coverage.json").read_text())
     assert [row["photons"] for row in rows] == [None, 1e6, 1e5, 1e4] and "| 18 | 1e+06 |" in table

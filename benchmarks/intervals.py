@@ -1,6 +1,6 @@
 """Whether the intervals of `reconstruct.py --trust` hold what they promise, on slices that took no part in them.
 
-`python -m benchmarks.coverage --data DATA --json FILE` reconstructs slices from 18, 36 and 72 views, without noise and
+`python -m benchmarks.intervals --data DATA --json FILE` reconstructs slices from 18, 36 and 72 views, without noise and
 with, and counts the pixels whose truth lies in the interval. `of the body`: of the pixels above -500 HU alone. `worst
 slice`: the least coverage of a slice. It takes the error network beside the checkpoint.
 """
@@ -36,7 +36,7 @@ def coverage(error: torch.Tensor, width: torch.Tensor, x0: torch.Tensor) -> dict
 
 @script
 def main(argv=None):
-    parser = Parser("python -m benchmarks.coverage", __doc__)
+    parser = Parser("python -m benchmarks.intervals", __doc__)
     parser.add_argument("--data", required=True, help="folder with test_img/, or of HU .npy slices")
     parser.add_argument("--checkpoint", default="tiny", help="as test.py takes it")
     parser.add_argument("--views", type=int, nargs="+", default=list(VIEWS), help="of the measurements")
