@@ -185,6 +185,7 @@ def describe(args, method: str, job: Job, reconstructor) -> dict:
     return {"source": job.source, "original": job.original and fingerprint([(job.original, "")]),
             "method": method, "views": job.views, "size": job.size,
             "weights": hash16(reconstructor.path) if network else None, "dc": reconstructor.dc if network else 0,
+            "mirror": network and reconstructor.mirror,
             "levels": list(reconstructor.chain(job.views)) if network else None, "format": args.format,
             "median_z": args.median_z, "deidentify": args.deidentify, **official,
             **trusted(args, method, reconstructor)}

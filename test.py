@@ -61,6 +61,8 @@ def parse(argv=None):
     parser.add_argument("--start", type=float, default=0.0, help="angle of the first view, radians")
     parser.add_argument("--dc", type=int, help="iterations of data consistency after every network call; 0 gives the "
                         "published samplers (default: 24, and 0 for weights that were trained without)")
+    parser.add_argument("--mirror", action=argparse.BooleanOptionalAction, help="every second network call sees the "
+                        "image mirrored (default: as with --dc)")
     parser.add_argument("--semantic-budget", type=int,
                         help="spdps: n (default 2 below 72 views, 1 from there on and with data consistency)")
     parser.add_argument("--refine-steps", type=int, default=4, help="spdps: m, network calls of the detail phase")
@@ -103,7 +105,7 @@ def parse(argv=None):
 def describe(args, reconstructor, data: str) -> dict:
     """What run.json says: everything that results depend on. data: fingerprint of the slices."""
     return {"checkpoint": hash16(reconstructor.path), "data": data, "protocol": reconstructor.protocol,
-            "dc": reconstructor.dc,
+            "dc": reconstructor.dc, "mirror": reconstructor.mirror,
             **{k: getattr(args, k) for k in ("methods", "views", "windows", "start", "photons", "electronic", "seed",
                                              "batch", "precision", "device")},
             "levels": {n: reconstructor.chain(n) for n in args.views},
@@ -181,7 +183,7 @@ def main(argv=None):
     rank, processes, args.device = distributed.start(chosen_device(args.device))
     reconstructor = Reconstructor.from_checkpoint(
         checkpoint, device=args.device, precision=args.precision, protocol=args.protocol, dc=args.dc,
-        scanner=PublishedScanner(args.start), levels=args.levels)
+        mirror=args.mirror, scanner=PublishedScanner(args.start), levels=args.levels)
     for method in args.methods:
         reconstructor.check(method)
     chosen = [files[i] for i in evenly_spaced(len(files), args.limit)]

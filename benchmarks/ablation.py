@@ -2,16 +2,19 @@
 
     python -m benchmarks.ablation --data DATA --out runs/ablation [--pflop 0.03] [--rows NAME ...] [--seeds 3407 1]
 
-Every row is a training by train.py on DATA/train_img, with as many images as its network calls may cost, and an
-evaluation by test.py on slices of DATA/val_img; no test slice is read. What is done is not done again, and a training
-that was stopped goes on: the same command prints the whole table. Rows can be shared out between several shells.
+Every row is a training by train.py on DATA/train_img, with as many images as its network calls may cost or as fit into
+--minutes, and an evaluation by test.py on slices of DATA/val_img; no test slice is read. What is done is not done
+again, and a training that was stopped goes on: the same command prints the whole table. Rows can be shared out between
+several shells.
 """
 
 import json
+import math
 import re
 import shlex
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import train
@@ -28,6 +31,7 @@ from utils.errors import InputError, RunFolderError
 # residual channel, and no flips and turns.
 SHORT = ("--epct-start 25 --warmup 25 --ema-start 25 --ema 0.99 --any-view-share 0 --conditioning level --augment "
          "--channels 1 --residual-channel two-pass")
+PROBE = 32  # images of a training that measures the speed
 # name: (flags of train.py after --preset tiny, flags of test.py)
 ROWS = {
     "default": ("", ""),
@@ -56,6 +60,7 @@ ROWS = {
     "MSE loss": ("--loss mse", ""),
     "no unshuffle stem": ("--stem 1", ""),
     "width 64": ("--width 64", ""),
+    "width 64, unshuffle by 4": ("--width 64 --stem 4", ""),
     "one block a resolution": ("--blocks 1", ""),
     # Its published rate, 4e-5 and constant, leads nowhere in so few steps.
     "reference: the published recipe, rate 5e-4 falling": (
@@ -69,13 +74,18 @@ def parse(argv=None):
     parser.add_argument("--data", required=True, help="folder with train_img/ and val_img/")
     parser.add_argument("--out", required=True, type=Path, help="folder of the trainings and their evaluations")
     parser.add_argument("--pflop", type=float, default=0.03, help="of network calls, each training")
+    parser.add_argument("--minutes", type=float, help="of each training, in the place of --pflop: what a network "
+                        "learns in the time that it takes on this machine")
     parser.add_argument("--rows", nargs="+", choices=list(ROWS), default=list(ROWS), metavar="NAME",
                         help="which rows (default: all)")
     parser.add_argument("--seeds", type=int, nargs="+", default=[3407], help="of the trainings")
     parser.add_argument("--slices", type=int, default=8, help="validation slices")
     parser.add_argument("--train", default=SHORT, help="flags of train.py for every row")
     parser.add_argument("--table", action="store_true", help="only print what is done")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if args.minutes is not None and not 0 < args.minutes < math.inf:
+        parser.error(f"--minutes {args.minutes:g}: expected a positive number")
+    return args
 
 
 def preset_of(flags: list[str]) -> Preset:
@@ -95,29 +105,51 @@ def affordable(preset: Preset, count: int, size: int, pflop: float) -> int:
         step, images = step + inputs_of(preset, step), last
 
 
+def fitting(minutes: float, batch: int, command: list) -> int:
+    """Training images, whole batches, that fit into so many minutes, by the speed of a training of PROBE images.
+
+    command: train.py with its flags, but for --out and --images. All but the first steps have composed inputs.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        for images in (batch, PROBE):  # the first compiles what there is to compile
+            call([*command, "--out", Path(folder, str(images)), "--images", images, "--epct-start", 0])
+        rate = json.loads(Path(folder, str(PROBE), "metrics.jsonl").read_text().splitlines()[-1])["images_per_second"]
+    return max(1, round(60 * minutes * rate / batch)) * batch
+
+
+def call(command: list) -> None:
+    """Run a script of this repository; what it prints is in its folder too."""
+    subprocess.run([sys.executable, *map(str, command)], check=True, stdout=subprocess.DEVNULL)
+
+
 def run(args, row: str, seed: int) -> Path:
     """Train and evaluate one row; the folder of its results."""
     trains, tests = ROWS[row]
     out = args.out / f"{re.sub(r'[^a-z0-9]+', '-', row.lower())}-{seed}"
     flags = ["--preset", "tiny", *shlex.split(args.train), *shlex.split(trains), "--seed", str(seed)]
     record, now = out / "row.json", {"pflop": args.pflop, "slices": args.slices, "train": flags, "test": tests}
-    if record.is_file() and (before := json.loads(record.read_text())) != now:
+    if args.minutes:
+        now["minutes"] = args.minutes
+    before = json.loads(record.read_text()) if record.is_file() else {}
+    images = before.pop("images", None)
+    if before and before != now:
         raise RunFolderError(f"{out} holds this row made otherwise ({before}); give --out a new folder, or the same "
                              "options.")
     if (out / "test" / "summary.json").is_file() or args.table:
         return out / "test"
     files, preset = find_slices(args.data, "train"), preset_of(flags)
     size = read_slices(files[:1], preset.network().multiple)[1].shape[-1]
-    images = affordable(preset, len(files), size, args.pflop)
+    training = ["train.py", "--data", args.data, *flags, "--val-every", 10**9, "--val-slices", 1, "--save-every", 100]
+    images = images or (fitting(args.minutes, preset.batch, training) if args.minutes
+                        else affordable(preset, len(files), size, args.pflop))
     out.mkdir(parents=True, exist_ok=True)
-    record.write_text(json.dumps(now))
-    once = ["--images", str(images), "--val-every", str(10 * images), "--val-slices", "1", "--save-every", "100"]
-    for command in (["train.py", "--data", args.data, "--out", out / "train", *flags, *once],
+    record.write_text(json.dumps(now | {"images": images}))
+    for command in ([*training, "--out", out / "train", "--images", images],
                     ["test.py", "--data", Path(args.data, "val_img"), "--out", out / "test", "--checkpoint",
                      out / "train" / "checkpoint.safetensors", "--limit", args.slices, "--batch", 8, "--precision",
                      "bf16", "--methods", "one-step", "sequential", *shlex.split(tests)]):
         print(f"{row} (seed {seed}): {command[0]}, {images} images", flush=True)
-        subprocess.run([sys.executable, *map(str, command)], check=True, stdout=subprocess.DEVNULL)
+        call(command)
     return out / "test"
 
 
@@ -142,7 +174,8 @@ def main(argv=None):
             results = run(args, row, seed)
             if (results / "summary.json").is_file():
                 done.append((row, seed, results))
-    print(f"{args.pflop:g} PFLOP a training, {args.slices} validation slices, PSNR in dB at 18 / 36 / 72 views\n"
+    cost = f"{args.minutes:g} minutes" if args.minutes else f"{args.pflop:g} PFLOP"
+    print(f"{cost} a training, {args.slices} validation slices, PSNR in dB at 18 / 36 / 72 views\n"
           "| change | chain | seed | images | one call | chain |\n|" + "---|" * 6)
     print("\n".join(line(*row) for row in done))
 

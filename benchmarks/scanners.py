@@ -109,6 +109,7 @@ def main(argv=None):
     run = {"checkpoint": hash16(plain.path), "data": fingerprint(files, hu), "methods": methods, "windows": WINDOWS[:1],
            "slices": len(names),
            "views": [args.views], "levels": {str(args.views): plain.chain(args.views)},
+           "mirror": plain.mirror,
            **{k: getattr(args, k) for k in ("photons", "dc", "batch", "precision", "device")}}
     x0 = Degradation().full(hu_to_mu(torch.from_numpy(hu))[:, None].to(args.device))
     summary = []
@@ -116,7 +117,8 @@ def main(argv=None):
         for name, scanner in found.items():
             one = run | {"scanner": repr(scanner)}
             done = open_results(args.out / name, one)[1]
-            reconstructor = Reconstructor(plain.network, scanner, args.device, args.precision, dc=args.dc)
+            reconstructor = Reconstructor(plain.network, scanner, args.device, args.precision, dc=args.dc,
+                                          mirror=plain.mirror)
             evaluate(args, name, reconstructor, done, x0, names, patients, bar)
             rows = summarize(open_results(args.out / name, one)[1], patients, methods, [args.views])
             summary += [{"scanner": name, **{k: row[k] for k in ("views", "method", "psnr", "ssim", "rmse_hu", "nfe")}}

@@ -55,12 +55,14 @@ class Estimate:
 
     denoise(x_t, n_t): the network. x_T (B, 1, H, H): FBP of the measurements, n_T their view count. consistency(x0_hat,
     slices): data consistency, or None. anchored: the network was trained with `anchored_residual` as second channel.
-    callback(slices, n_t, x0_hat): sees every call.
+    callback(slices, n_t, x0_hat): sees every call. mirror: every second call sees its input mirrored left to right, and
+    its estimate is mirrored back: the errors of one orientation do not add up along a chain (docs/results.md).
     """
 
-    def __init__(self, denoise, degrade, x_T, n_T: int, consistency=None, anchored: bool = False, callback=None):
+    def __init__(self, denoise, degrade, x_T, n_T: int, consistency=None, anchored: bool = False, callback=None,
+                 mirror: bool = False):
         self.denoise, self.degrade, self.x_T, self.n_T = denoise, degrade, x_T, n_T
-        self.consistency, self.anchored, self.callback = consistency, anchored, callback
+        self.consistency, self.anchored, self.mirror, self.callback = consistency, anchored, mirror, callback
         self.calls, self._last = [0] * len(x_T), {}
 
     def __call__(self, x_t, n_t: list[int], slices=None, residual=None, consistent: bool = True):
@@ -75,7 +77,9 @@ class Estimate:
             last = torch.stack([self._last[i] for i in slices])
             x_T = torch.stack([self.x_T[i] for i in slices])
             residual = anchored_residual(self.degrade, last, x_T, [self.n_T] * len(last))
-        x0_hat = self.denoise(x_t if residual is None else torch.cat([x_t, residual], dim=1), n_t)
+        x = x_t if residual is None else torch.cat([x_t, residual], dim=1)
+        mirrored = self.mirror and self.calls[slices[0]] % 2  # all slices of a call have had as many before
+        x0_hat = self.denoise(x.flip(-1), n_t).flip(-1) if mirrored else self.denoise(x, n_t)
         self._last.update(zip(slices, x0_hat, strict=True))
         if self.consistency and consistent:
             x0_hat = self.consistency(x0_hat, slices)

@@ -45,6 +45,7 @@ class Reconstructor:
     precision: str = "fp32"                     # of the network: fp32 or bf16
     protocol: str = "cvg"                       # cvg-official: D' = D R on estimates, which are not clipped
     dc: int = 0                                 # iterations of data consistency after every network call
+    mirror: bool = False                        # every second network call sees the image mirrored
     levels: tuple[int, ...] | None = None       # chains pass through these, where denser than the measurement
     published_levels: tuple[int, ...] = LEVELS  # those that the network was trained for
     header: dict = field(default_factory=dict)  # of the checkpoint
@@ -63,15 +64,17 @@ class Reconstructor:
         """What a checkpoint says, unless a keyword says otherwise.
 
         name: a known name (tiny, cvg-diff), a file, or hf://owner/repository/file. device: a GPU if there is one.
-        given: scanner, precision, protocol, dc and levels, as above; None is as if it were not given. By default dc is
-        24, or 0 for weights that were trained without. Raises InputError with a sentence for what cannot be.
+        given: scanner, precision, protocol, dc, mirror and levels, as above; None is as if it were not given. By
+        default dc is 24 and calls are mirrored, or 0 and not for weights that were trained without data consistency.
+        Raises InputError with a sentence for what cannot be.
         """
         device, path = chosen_device(device), find_checkpoint(str(name))
         network, header = load_checkpoint(path)
         if header.get("predicts"):
             raise InputError(f"{path} predicts errors, not images; it serves the checkpoint beside it by --trust.")
         trained_with = header.get("training", {}).get("preset", {}).get("dc", 0)
-        said = {"protocol": header.get("protocol", "cvg"), "dc": ITERATIONS if trained_with else 0}
+        said = {"protocol": header.get("protocol", "cvg"), "dc": ITERATIONS if trained_with else 0,
+                "mirror": bool(trained_with)}
         said |= {key: value for key, value in given.items() if value is not None}
         return cls(to_device(network, device, said.get("precision", "fp32")), device=device, header=header, path=path,
                    published_levels=tuple(header.get("levels", LEVELS)), **said)
@@ -140,7 +143,8 @@ class Reconstructor:
         x_T = degrade.fbp(y, size)
         denoise = denoiser(self.network, self.protocol == "cvg", self.precision, self.published_levels,
                            self.told(photons, size), self.graphs)
-        estimate = Estimate(denoise, degrade, x_T, n, consistency, self.network.config.anchored, callback)
+        estimate = Estimate(denoise, degrade, x_T, n, consistency, self.network.config.anchored, callback,
+                            self.mirror)
         update, sampler = redegrade if consistency else shift, SAMPLERS[method]
         if sampler.wraps and self.protocol == "cvg-official" and not consistency:
             options = {"below": self.published_levels} | options

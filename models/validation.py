@@ -26,7 +26,8 @@ def validate(network, truths: torch.Tensor, preset: Preset, device: str):
     """
     was_training = network.training
     network.eval()
-    reconstructor = Reconstructor(network, device=device, dc=ITERATIONS if preset.dc else 0, graphs=directly)
+    reconstructor = Reconstructor(network, device=device, dc=ITERATIONS if preset.dc else 0,
+                                  mirror=preset.dc > 0, graphs=directly)
     scores, rows = {}, []
 
     def note(name, x0_hat, x0):

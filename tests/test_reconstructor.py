@@ -63,6 +63,7 @@ def test_a_scan_is_reconstructed_by_five_lines():
 def test_the_shipped_checkpoint_says_how_it_works():
     r = Reconstructor.from_checkpoint("tiny", device="cpu")
     assert (r.protocol, r.dc, r.precision, r.published_levels, r.device) == ("cvg", ITERATIONS, "fp32", LEVELS, "cpu")
+    assert r.mirror and not Reconstructor.from_checkpoint("tiny", mirror=False).mirror
     assert r.chain(24) == multiples(24) and r.path.name == "tiny.safetensors" and r.header["preset"] == "real"
     assert not r.network.training and r.multiple == 16 and not r.degrade.official
     plain = Reconstructor.from_checkpoint("tiny", device="cpu", dc=0, levels=(72, 288))
@@ -84,11 +85,13 @@ def test_what_a_network_was_trained_for_comes_from_its_header(tmp_path, hu):
                       training={"preset": {"dc": 8}})
     r = Reconstructor.from_checkpoint(path, device="cpu")
     assert (r.published_levels, r.protocol, r.dc) == ((360, 120, 40), "cvg-official", ITERATIONS)
+    assert r.mirror
     assert r.chain(60) == (360, 120, 60) and r.degrade.official
     other = Reconstructor.from_checkpoint(path, device="cpu", protocol="cvg", dc=3, levels=(90, 200))
     assert (other.protocol, other.dc, other.chain(60)) == ("cvg", 3, (200, 90, 60)) and not other.degrade.official
     plain = Reconstructor.from_checkpoint(checkpoint(tmp_path / "b.safetensors"), device="cpu")
     assert (plain.published_levels, plain.protocol, plain.dc) == (LEVELS, "cvg", 0)
+    assert not plain.mirror, "as published"
     assert plain.chain(60) == levels_for(60)
 
 

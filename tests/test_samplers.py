@@ -234,6 +234,25 @@ def test_an_estimate_counts_its_calls_and_tells_which_slices_are_in_them():
     assert shown[1][2][:, 0, 0, 0].tolist() == [110, 120], "the callback sees what the sampler gets"
 
 
+def test_every_second_call_is_mirrored(slices):
+    """The network sees the mirror image and its residual, and what it says of them is mirrored back."""
+    inputs, degrade, x_T = [], Degradation(), slices[:2]
+    ramp = torch.linspace(0, 0.01, x_T.shape[-1])
+
+    def denoise(x, n_t):
+        inputs.append(x)
+        return x[:, :1] + ramp  # the error of one orientation
+
+    plain, mirrored = (Estimate(denoise, degrade, x_T, 18, anchored=True, mirror=on) for on in (False, True))
+    for estimate in (plain, mirrored):
+        estimate(x_T, [18] * 2)
+    assert torch.equal(inputs[0], inputs[1]), "the first call is not"
+    torch.testing.assert_close(mirrored(x_T, [36] * 2), x_T + ramp.flip(-1))
+    plain(x_T, [36] * 2)
+    torch.testing.assert_close(inputs[2], inputs[3].flip(-1))
+    torch.testing.assert_close(mirrored(x_T, [54] * 2), x_T + ramp)
+
+
 def test_an_anchored_estimate_sees_the_residual_of_the_networks_own_last_estimate(slices):
     """Of the same slice, before data consistency; nothing in the first call, and another residual where one is given.
     """
