@@ -230,9 +230,8 @@ def make_reconstructor(args, job: Job):
     if job.scanner and not reconstructor.header.get("training", {}).get("preset", {}).get("scanner_share"):
         print("The network was trained on the views of one simulated scanner; how well it does on this one is unknown: "
               "compare with --method fbp.")
-    if job.scanner and not job.photons and (args.trust or reconstructor.network.config.told_photons):
-        print("The photons of this scan are unknown, so it is taken for one without noise: give photons in the "
-              "geometry.")
+    if job.noise:
+        print(job.noise)
     return reconstructor
 
 

@@ -113,7 +113,8 @@ def fitting(minutes: float, batch: int, command: list) -> int:
     with tempfile.TemporaryDirectory() as folder:
         for images in (batch, PROBE):  # the first compiles what there is to compile
             call([*command, "--out", Path(folder, str(images)), "--images", images, "--epct-start", 0])
-        rate = json.loads(Path(folder, str(PROBE), "metrics.jsonl").read_text().splitlines()[-1])["images_per_second"]
+        lines = map(json.loads, Path(folder, str(PROBE), "metrics.jsonl").read_text().splitlines())
+        rate = next(line["images_per_second"] for line in lines if "images_per_second" in line)
     return max(1, round(60 * minutes * rate / batch)) * batch
 
 

@@ -230,6 +230,7 @@ def coverage(rows: list[dict]) -> list[str]:
           *(f"{r[name]:.1f}" for name in ("error_hu", "width_hu"))] for r in rows])
 
 
+BY_NOISE = {"across": ("measurement", "views"), "heading": "{}, {} views"}
 ROBUSTNESS = partial(crossed, names=("measurement", "views"), across=("checkpoint", "method"), heading="{}: {}")
 TABLES = {  # mark: (file in docs/results, its table)
     "test": ("test", summary),
@@ -244,8 +245,11 @@ TABLES = {  # mark: (file in docs/results, its table)
     "robustness": ("robustness", ROBUSTNESS),
     "size": ("size", ROBUSTNESS),
     "iterations": ("iterations", partial(crossed, names=("dc",), across=("views",), heading="{} views")),
-    "margin": ("margin", partial(crossed, names=("margin",), across=("photons", "views"),
-                                 heading="{:.0e} photons, {} views")),
+    "margin": ("margin", partial(crossed, names=("margin",), **BY_NOISE)),
+    "mirror": ("mirror", partial(crossed, names=("method", "calls"), **BY_NOISE)),
+    "told": ("told", partial(crossed, names=("network",), **BY_NOISE)),
+    "networks": ("networks", partial(crossed, names=("network", "million parameters", "GFLOP a call", "ms a call",
+                                                     "images"), across=("method", "views"), heading="{}, {} views")),
     "scanners": ("scanners", scanners),
     "coverage": ("coverage", coverage),
     "sampling": ("sampling", sampling),

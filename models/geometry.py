@@ -58,10 +58,16 @@ def in_degrees(found: dict) -> dict:
 
 
 def take_photons(found: dict) -> float | None:
-    """The photons, which are taken out of the fields; None where they are not told. Raises InputError."""
+    """The photons, which are taken out of the fields: None where they are not told, inf for "none".
+
+    Raises InputError.
+    """
     photons = found.pop("photons", None)
+    if photons == "none":
+        return math.inf
     if photons is not None and not (_number(photons) and photons > 0):
-        raise InputError(f"The geometry's photons are {photons!r}; expected a number above 0")
+        raise InputError(f"The geometry's photons are {photons!r}; expected a number above 0, or \"none\" for a scan "
+                         "without noise")
     return photons
 
 

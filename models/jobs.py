@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from datasets.archive import find_series
-from datasets.counts import Counts, mend
+from datasets.counts import Counts, estimate_photons, mend
 from datasets.formats import ARRAYS, NIFTI, read_hu
 from datasets.plausible import doubt
 from datasets.series import Refused
@@ -33,7 +33,8 @@ class Job:
     read: Callable                         # slice -> (its image in HU, or its sinogram in 1/cm x pixels; warnings)
     measure: Callable                      # (reconstructor, a batch of those (B, ., .)) -> sinograms (B, 1, n, bins)
     scanner: object = None                 # a Scanner; None: the published one, simulated
-    photons: float | None = None           # of a ray without the object, where known
+    photons: float | None = None           # of a ray without the object, where known or estimated
+    noise: str = ""                        # what was found out about them, for the user
     original: str | None = None            # DICOM file whose study the output joins
     patient: str = "unknown"               # pseudonym
     problems: tuple[tuple[str, str, str], ...] = ()  # (file, status, reason)
@@ -126,6 +127,8 @@ def measured(args) -> Job:
     scanner, chosen = whole.thinned(len(whole.angles) if args.views is None else args.views)
     size = args.size or scanner.size
     fine, scanner = scanner, merged_bins(scanner, row[chosen], size)[0]
+    photons, noise = (photons, "") if photons else estimated(row)
+    checks = {"photons": float(f"{photons:.3g}") if photons and np.isfinite(photons) else None}
     if photons:  # a merged bin counts those of all its bins
         photons *= scanner.detector_pitch_mm / fine.detector_pitch_mm
     residual, said = named(names[middle], alarms.check_scan, row, whole, size, device)
@@ -147,6 +150,7 @@ def measured(args) -> Job:
         measure=lambda reconstructor, y: torch.from_numpy(y)[:, None].to(reconstructor.device),
         scanner=scanner,
         photons=photons,
+        noise=noise,
         original=located[0].path if located else None,
         patient=anonymous(located[0]) if located else "unknown",
         problems=(*((SCAN, "warning", one) for one in scanner_warnings(scanner)),
@@ -154,8 +158,16 @@ def measured(args) -> Job:
                   *((SCAN, "refused", one) for one in [far] if one)),
         source=fingerprint([(str(args.input), repr((scanner, args.dataset, args.axes, args.angles, args.flat,
                                                     args.dark, photons)))]),
-        checks={"residual": round(residual, 4), "alarms": said},
+        checks={"residual": round(residual, 4), "alarms": said, **checks},
     )
+
+
+def estimated(lines: np.ndarray) -> tuple[float | None, str]:
+    """(photons of a scan that does not tell them, what is said about it)."""
+    photons = estimate_photons(lines)
+    found = (f"The noise of this scan is that of {photons:.2g} photons a ray" if photons
+             else "No noise was found in this scan")
+    return photons, f"{found}; if you know better, give photons in the geometry."
 
 
 def centred_scanner(scanner, lines: np.ndarray):

@@ -1,5 +1,6 @@
 """The ablation: equal compute, every row's flags known to the scripts, results kept."""
 
+import json
 import shlex
 from dataclasses import replace
 
@@ -34,3 +35,14 @@ def test_what_is_done_is_not_done_again(data, tmp_path):
     assert len(rows[0]) == 1 and rows[0] == rows[1]
     assert "holds this row made otherwise" in run(*command[:-1], "2e-5", expect=1)
     assert "does not pay for one batch" in run(*command[:-1], "1e-9", "--seeds", 1, expect=1)
+
+
+def test_a_training_may_last_so_many_minutes(data, tmp_path):
+    command = ("-m", "benchmarks.ablation", "--data", data, "--out", tmp_path / "out", "--rows", "no EPCT", "--slices",
+               "1", "--minutes", "0.01")
+    assert "0.01 minutes a training" in run(*command)
+    images = json.loads((tmp_path / "out/no-epct-3407/row.json").read_text())["images"]
+    assert images >= 2 and images % 2 == 0
+    again = run(*command)
+    assert "train.py" not in again and f"| 3407 | {images} |" in again
+    assert "expected a positive number" in run(*command[:-1], "0", expect=2)

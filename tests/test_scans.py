@@ -8,6 +8,7 @@ import os
 import re
 import struct
 import zlib
+from pathlib import Path
 
 import h5py
 import numpy as np
@@ -18,6 +19,7 @@ from scipy.io import savemat
 from test_scanner import FAN, PARALLEL, line_integrals, phantom
 
 from datasets.arrays import read_arrays
+from datasets.counts import estimate_photons
 from datasets.series import Refused
 from datasets.sinograms import read_sinograms
 from fig import conventions
@@ -26,11 +28,13 @@ from models.consistency import deviation
 from models.degradation import Degradation
 from models.geometry import check_axes, in_degrees, near_plane, read_in_mm
 from models.jobs import measured
+from models.reconstructor import Reconstructor
 from models.scanner import make_scanner, to_pixels
 from reconstruct import main, parse
 from utils.errors import InputError
-from utils.units import mu_to_hu
+from utils.units import mu_to_hu, pixel_cm
 
+SAMPLE = Path(__file__).parent.parent / "datasets" / "sample" / "test_img"
 SMALL = FAN | {"angles": {"start": 0, "step": 2, "count": 180}, "detector_count": 250, "detector_pitch_mm": 3.0,
                "size": 64}
 SCANNER = make_scanner(SMALL)
@@ -205,6 +209,41 @@ def test_the_photons_give_the_noise_of_a_real_scanner(tmp_path, size, merged):
     clean = to_pixels(job.scanner, LINES[:, :250 // merged * merged].reshape(180, -1, merged).mean(2), size)
     sigma = deviation(clean, job.photons, job.scanner.pixel_cm(size))
     assert job.photons == merged * 1e5 and ((job.read(0)[0] - clean) / sigma).std() == pytest.approx(1, abs=0.02)
+
+
+@pytest.mark.parametrize("photons", [1e6, 1e5, 1e4, 1e3])
+def test_the_noise_of_a_scan_gives_its_photons(photons):
+    """Of ellipses with sharp edges, in all views and in few."""
+    lines = noisy(LINES, photons)
+    assert estimate_photons(lines) == pytest.approx(photons, rel=0.3)
+    assert estimate_photons(lines[::5]) == pytest.approx(photons, rel=0.3)
+
+
+def test_structure_is_not_taken_for_noise():
+    slices = np.stack([np.load(path) for path in sorted(SAMPLE.glob("*.npy"))[:3]])
+    y = Reconstructor().simulate(slices, 36).numpy() * pixel_cm(256)
+    assert [estimate_photons(lines[0]) for lines in y] == [None] * 3
+    assert estimate_photons(LINES) is None and estimate_photons(np.zeros((9, 50), np.float32)) is None
+    counts = np.random.default_rng(0).poisson(1e5 * np.exp(-y))
+    assert [estimate_photons(lines[0]) for lines in -np.log(counts / 1e5)] == pytest.approx([1e5] * 3, rel=0.3)
+
+
+def test_a_scan_that_does_not_tell_its_photons_is_told_them(tmp_path):
+    def job(**fields):
+        (tmp_path / "g.json").write_text(json.dumps(SMALL | fields))
+        return measured(parse([str(tmp_path / "scan.npy"), "--geometry", str(tmp_path / "g.json"), "--out",
+                               str(tmp_path / "out")]))
+
+    np.save(tmp_path / "scan.npy", noisy(LINES, 1e5))
+    found = job()
+    assert found.photons == pytest.approx(3e5, rel=0.2), "a merged bin counts those of three"
+    assert found.checks["photons"] == pytest.approx(1e5, rel=0.2)
+    assert re.match(r"The noise of this scan is that of 8\.\de\+04 photons a ray; if you know", found.noise)
+    known, without = job(photons=2e4), job(photons="none")
+    assert (known.photons, known.checks["photons"], known.noise) == (6e4, 2e4, "")
+    assert (without.photons, without.checks["photons"], without.noise) == (np.inf, None, "")
+    with pytest.raises(InputError, match="photons are 'some'; expected a number above 0, or \"none\""):
+        job(photons="some")
 
 
 def test_units_of_a_geometry_file(tmp_path):
