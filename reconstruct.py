@@ -185,7 +185,7 @@ def describe(args, method: str, job: Job, reconstructor) -> dict:
     return {"source": job.source, "original": job.original and fingerprint([(job.original, "")]),
             "method": method, "views": job.views, "size": job.size,
             "weights": hash16(reconstructor.path) if network else None, "dc": reconstructor.dc if network else 0,
-            "mirror": network and reconstructor.mirror,
+            **({"mirror": True} if network and reconstructor.mirror else {}),
             "levels": list(reconstructor.chain(job.views)) if network else None, "format": args.format,
             "median_z": args.median_z, "deidentify": args.deidentify, **official,
             **trusted(args, method, reconstructor)}
@@ -230,7 +230,7 @@ def make_reconstructor(args, job: Job):
     if job.scanner and not reconstructor.header.get("training", {}).get("preset", {}).get("scanner_share"):
         print("The network was trained on the views of one simulated scanner; how well it does on this one is unknown: "
               "compare with --method fbp.")
-    if job.noise:
+    if job.noise and (args.trust or reconstructor.dc or reconstructor.network.config.told_photons):
         print(job.noise)
     return reconstructor
 

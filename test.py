@@ -62,7 +62,7 @@ def parse(argv=None):
     parser.add_argument("--dc", type=int, help="iterations of data consistency after every network call; 0 gives the "
                         "published samplers (default: 24, and 0 for weights that were trained without)")
     parser.add_argument("--mirror", action=argparse.BooleanOptionalAction, help="every second network call sees the "
-                        "image mirrored (default: as with --dc)")
+                        "image mirrored (default: with data consistency, and weights that were trained with it)")
     parser.add_argument("--semantic-budget", type=int,
                         help="spdps: n (default 2 below 72 views, 1 from there on and with data consistency)")
     parser.add_argument("--refine-steps", type=int, default=4, help="spdps: m, network calls of the detail phase")
@@ -105,7 +105,7 @@ def parse(argv=None):
 def describe(args, reconstructor, data: str) -> dict:
     """What run.json says: everything that results depend on. data: fingerprint of the slices."""
     return {"checkpoint": hash16(reconstructor.path), "data": data, "protocol": reconstructor.protocol,
-            "dc": reconstructor.dc, "mirror": reconstructor.mirror,
+            "dc": reconstructor.dc, **({"mirror": True} if reconstructor.mirror else {}),
             **{k: getattr(args, k) for k in ("methods", "views", "windows", "start", "photons", "electronic", "seed",
                                              "batch", "precision", "device")},
             "levels": {n: reconstructor.chain(n) for n in args.views},

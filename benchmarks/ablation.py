@@ -1,11 +1,12 @@
 """Ablation at equal compute: one change to the recipe at a time, trained alike, compared on validation slices.
 
-    python -m benchmarks.ablation --data DATA --out runs/ablation [--pflop 0.03] [--rows NAME ...] [--seeds 3407 1]
+    python -m benchmarks.ablation --data DATA --out runs/ablation [--pflop 0.03 | --minutes 15] [--rows NAME ...]
+        [--seeds 3407 1]
 
 Every row is a training by train.py on DATA/train_img, with as many images as its network calls may cost or as fit into
 --minutes, and an evaluation by test.py on slices of DATA/val_img; no test slice is read. What is done is not done
 again, and a training that was stopped goes on: the same command prints the whole table. Rows can be shared out between
-several shells.
+several shells; with --minutes the machine must be as busy in every row.
 """
 
 import json
@@ -74,8 +75,8 @@ def parse(argv=None):
     parser.add_argument("--data", required=True, help="folder with train_img/ and val_img/")
     parser.add_argument("--out", required=True, type=Path, help="folder of the trainings and their evaluations")
     parser.add_argument("--pflop", type=float, default=0.03, help="of network calls, each training")
-    parser.add_argument("--minutes", type=float, help="of each training, in the place of --pflop: what a network "
-                        "learns in the time that it takes on this machine")
+    parser.add_argument("--minutes", type=float, help="train each row for so many minutes on this machine, instead "
+                        "of --pflop (default: by --pflop)")
     parser.add_argument("--rows", nargs="+", choices=list(ROWS), default=list(ROWS), metavar="NAME",
                         help="which rows (default: all)")
     parser.add_argument("--seeds", type=int, nargs="+", default=[3407], help="of the trainings")
@@ -111,9 +112,9 @@ def fitting(minutes: float, batch: int, command: list) -> int:
     command: train.py with its flags, but for --out and --images. All but the first steps have composed inputs.
     """
     with tempfile.TemporaryDirectory() as folder:
-        for images in (batch, PROBE):  # the first compiles what there is to compile
-            call([*command, "--out", Path(folder, str(images)), "--images", images, "--epct-start", 0])
-        lines = map(json.loads, Path(folder, str(PROBE), "metrics.jsonl").read_text().splitlines())
+        for name, images in (("compiled", batch), ("timed", max(batch, PROBE))):
+            call([*command, "--out", Path(folder, name), "--images", images, "--epct-start", 0])
+        lines = map(json.loads, Path(folder, "timed", "metrics.jsonl").read_text().splitlines())
         rate = next(line["images_per_second"] for line in lines if "images_per_second" in line)
     return max(1, round(60 * minutes * rate / batch)) * batch
 
@@ -128,9 +129,8 @@ def run(args, row: str, seed: int) -> Path:
     trains, tests = ROWS[row]
     out = args.out / f"{re.sub(r'[^a-z0-9]+', '-', row.lower())}-{seed}"
     flags = ["--preset", "tiny", *shlex.split(args.train), *shlex.split(trains), "--seed", str(seed)]
-    record, now = out / "row.json", {"pflop": args.pflop, "slices": args.slices, "train": flags, "test": tests}
-    if args.minutes:
-        now["minutes"] = args.minutes
+    spent = {"minutes": args.minutes} if args.minutes else {"pflop": args.pflop}
+    record, now = out / "row.json", {**spent, "slices": args.slices, "train": flags, "test": tests}
     before = json.loads(record.read_text()) if record.is_file() else {}
     images = before.pop("images", None)
     if before and before != now:
@@ -148,7 +148,7 @@ def run(args, row: str, seed: int) -> Path:
     for command in ([*training, "--out", out / "train", "--images", images],
                     ["test.py", "--data", Path(args.data, "val_img"), "--out", out / "test", "--checkpoint",
                      out / "train" / "checkpoint.safetensors", "--limit", args.slices, "--batch", 8, "--precision",
-                     "bf16", "--methods", "one-step", "sequential", *shlex.split(tests)]):
+                     "bf16", "--no-mirror", "--methods", "one-step", "sequential", *shlex.split(tests)]):
         print(f"{row} (seed {seed}): {command[0]}, {images} images", flush=True)
         call(command)
     return out / "test"
@@ -175,8 +175,8 @@ def main(argv=None):
             results = run(args, row, seed)
             if (results / "summary.json").is_file():
                 done.append((row, seed, results))
-    cost = f"{args.minutes:g} minutes" if args.minutes else f"{args.pflop:g} PFLOP"
-    print(f"{cost} a training, {args.slices} validation slices, PSNR in dB at 18 / 36 / 72 views\n"
+    spent = f"{args.minutes:g} minutes" if args.minutes else f"{args.pflop:g} PFLOP"
+    print(f"{spent} a training, {args.slices} validation slices, PSNR in dB at 18 / 36 / 72 views\n"
           "| change | chain | seed | images | one call | chain |\n|" + "---|" * 6)
     print("\n".join(line(*row) for row in done))
 

@@ -86,7 +86,7 @@ def main(argv=None):
 
     def make(protocol: str, precision: str = "fp32"):
         return Reconstructor.from_checkpoint(args.checkpoint, device=device, dc=args.dc, protocol=protocol,
-                                             precision=precision)
+                                             precision=precision, mirror=False)
 
     official, paper = make("cvg-official"), make("cvg")
     published = PublishedProcedure(**{f.name: getattr(official, f.name) for f in fields(Reconstructor)})

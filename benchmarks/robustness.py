@@ -136,7 +136,7 @@ def main(argv=None):
     files, hu = read_slices([files[i] for i in evenly_spaced(len(files), args.limit)], plain.multiple)
     names, patients = [f.name for f in files], patients_of(files)
     run = {"checkpoint": hash16(plain.path), "data": fingerprint(files, hu), "methods": list(methods),
-           "windows": WINDOWS[:1], "slices": len(names),
+           "windows": WINDOWS[:1], "slices": len(names), "mirror": methods[args.methods[0] + DC][0].mirror,
            "levels": {f"{n}{suffix}": methods[args.methods[0] + suffix][0].chain(n)
                       for n in args.views for suffix in ("", DC)},
            **{k: getattr(args, k) for k in ("views", "dc", "seed", "batch", "precision", "device")}}

@@ -247,6 +247,8 @@ TABLES = {  # mark: (file in docs/results, its table)
     "iterations": ("iterations", partial(crossed, names=("dc",), across=("views",), heading="{} views")),
     "margin": ("margin", partial(crossed, names=("margin",), **BY_NOISE)),
     "mirror": ("mirror", partial(crossed, names=("method", "calls"), **BY_NOISE)),
+    "seen": ("seen", partial(crossed, names=("weights", "method"), across=("slices", "views"),
+                             heading="{} slices, {} views")),
     "told": ("told", partial(crossed, names=("network",), **BY_NOISE)),
     "networks": ("networks", partial(crossed, names=("network", "million parameters", "GFLOP a call", "ms a call",
                                                      "images"), across=("method", "views"), heading="{}, {} views")),

@@ -10,12 +10,14 @@ import numpy as np
 import torch
 from torch_radon import transmission_noise
 
+from datasets.counts import estimate_photons
 from datasets.series import Refused
 from datasets.sinograms import read_sinograms
 from datasets.slices import number_in, read_manifest
 from models.baselines import sirt
 from models.degradation import Degradation
 from models.estimate import Estimate
+from models.geometry import take_photons
 from models.graphs import PLAIN_CALLS
 from models.reconstructor import Reconstructor
 from models.samplers import SAMPLERS, redegrade, sequential
@@ -99,7 +101,7 @@ def read_measured(data: Path, files: list[Path]) -> Measured:
     if missing := [f.name for f in files if index.get(f.name) not in range(len(lines))]:
         raise InputError(f"The manifest.csv of {files[0].parent} does not say of which sinogram {missing[0]} is; write "
                          "the slices by python -m datasets.rebin --truth.")
-    photons = told.pop("photons", None)
+    photons = take_photons(told) or estimate_photons(np.asarray(lines[len(lines) // 2]))
     return Measured(lines, make_scanner(told), {f.name: int(index[f.name]) for f in files}, photons)
 
 

@@ -5,7 +5,7 @@
     detector_rows           rows of a cone beam that the slices of the sinogram are (told by --axes too)
     detector_row_pitch_mm   between rows, on the detector
     detector_row_offset_mm  shift of the detector's middle row from the plane of the source, towards growing rows
-    photons                 of a ray without the object, for the noise
+    photons                 of a ray without the object, for the noise; or "none"
 """
 
 import math

@@ -112,7 +112,7 @@ def measured(args) -> Job:
     from utils.device import chosen_device
 
     device = chosen_device(args.device)
-    lines, whole, rows, photons, far = read_scan(args)
+    lines, whole, rows, told, far = read_scan(args)
     names = [f"slice {row + 1} of {SCAN}" for row in rows]
 
     def values(i):
@@ -127,8 +127,10 @@ def measured(args) -> Job:
     scanner, chosen = whole.thinned(len(whole.angles) if args.views is None else args.views)
     size = args.size or scanner.size
     fine, scanner = scanner, merged_bins(scanner, row[chosen], size)[0]
-    photons, noise = (photons, "") if photons else estimated(row)
-    checks = {"photons": float(f"{photons:.3g}") if photons and np.isfinite(photons) else None}
+    photons, noise = (told, "") if told else estimated(row)
+    if told == np.inf:
+        photons = None
+    checks = {"photons": "none" if told == np.inf else photons}
     if photons:  # a merged bin counts those of all its bins
         photons *= scanner.detector_pitch_mm / fine.detector_pitch_mm
     residual, said = named(names[middle], alarms.check_scan, row, whole, size, device)
@@ -157,7 +159,7 @@ def measured(args) -> Job:
                   *((names[middle], "warning", one) for one in said),
                   *((SCAN, "refused", one) for one in [far] if one)),
         source=fingerprint([(str(args.input), repr((scanner, args.dataset, args.axes, args.angles, args.flat,
-                                                    args.dark, photons)))]),
+                                                    args.dark, told)))]),
         checks={"residual": round(residual, 4), "alarms": said, **checks},
     )
 
@@ -165,8 +167,8 @@ def measured(args) -> Job:
 def estimated(lines: np.ndarray) -> tuple[float | None, str]:
     """(photons of a scan that does not tell them, what is said about it)."""
     photons = estimate_photons(lines)
-    found = (f"The noise of this scan is that of {photons:.2g} photons a ray" if photons
-             else "No noise was found in this scan")
+    found = (f"The noise of this scan is that of {photons:g} photons a ray" if photons
+             else "This scan shows no noise, and is taken for one without")
     return photons, f"{found}; if you know better, give photons in the geometry."
 
 

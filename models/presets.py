@@ -162,8 +162,6 @@ def of_this_version(found: dict) -> dict:
     return Preset().mathematics() | known
 
 
-# Batch and rate go together. Steps teach, not images: a batch twice as large needs twice the images. Batches of 2 to 4
-# go with a rate of 5e-4 to 1e-3, those of 16 and 32 with 5e-4 and 2e-4 and some thirty times the images.
 PAPER = Preset()
 TINY = replace(
     PAPER, width=32, dropout=0.0, stem=2, channels=2, residual_channel="anchored", conditioning="log-views",
@@ -174,6 +172,8 @@ TINY = replace(
     save_every=200)
 # What real measurements are: noisy, and made by other scanners.
 REAL = {"told_photons": True, "noise_share": 0.5, "scanner_share": 0.4}
+# Batch and rate go together: 2 to 4 slices with 5e-4 to 1e-3 (tiny, real), 16 with 5e-4, 32 with 2e-4 (small, base; not
+# measured yet). A larger batch makes fewer steps of as many images, so it needs more images.
 PRESETS = {
     # The published recipe (Chen et al., MICCAI 2025), number by number.
     "paper": PAPER,

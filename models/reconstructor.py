@@ -65,17 +65,17 @@ class Reconstructor:
 
         name: a known name (tiny, cvg-diff), a file, or hf://owner/repository/file. device: a GPU if there is one.
         given: scanner, precision, protocol, dc, mirror and levels, as above; None is as if it were not given. By
-        default dc is 24 and calls are mirrored, or 0 and not for weights that were trained without data consistency.
-        Raises InputError with a sentence for what cannot be.
+        default dc is 24, or 0 for weights that were trained without data consistency. By default such weights mirror
+        calls where dc is not 0. Raises InputError with a sentence for what cannot be.
         """
         device, path = chosen_device(device), find_checkpoint(str(name))
         network, header = load_checkpoint(path)
         if header.get("predicts"):
             raise InputError(f"{path} predicts errors, not images; it serves the checkpoint beside it by --trust.")
         trained_with = header.get("training", {}).get("preset", {}).get("dc", 0)
-        said = {"protocol": header.get("protocol", "cvg"), "dc": ITERATIONS if trained_with else 0,
-                "mirror": bool(trained_with)}
+        said = {"protocol": header.get("protocol", "cvg"), "dc": ITERATIONS if trained_with else 0}
         said |= {key: value for key, value in given.items() if value is not None}
+        said.setdefault("mirror", bool(trained_with and said["dc"]))
         return cls(to_device(network, device, said.get("precision", "fp32")), device=device, header=header, path=path,
                    published_levels=tuple(header.get("levels", LEVELS)), **said)
 
@@ -143,9 +143,9 @@ class Reconstructor:
         x_T = degrade.fbp(y, size)
         denoise = denoiser(self.network, self.protocol == "cvg", self.precision, self.published_levels,
                            self.told(photons, size), self.graphs)
-        estimate = Estimate(denoise, degrade, x_T, n, consistency, self.network.config.anchored, callback,
-                            self.mirror)
         update, sampler = redegrade if consistency else shift, SAMPLERS[method]
+        estimate = Estimate(denoise, degrade, x_T, n, consistency, self.network.config.anchored, callback,
+                            self.mirror and not sampler.two_pass)  # whose second passes would all be mirrored
         if sampler.wraps and self.protocol == "cvg-official" and not consistency:
             options = {"below": self.published_levels} | options
         return sampler.run(estimate, degrade, x_T, self.chain(n), update, **options), estimate.calls

@@ -42,7 +42,22 @@ def test_a_training_may_last_so_many_minutes(data, tmp_path):
                "1", "--minutes", "0.01")
     assert "0.01 minutes a training" in run(*command)
     images = json.loads((tmp_path / "out/no-epct-3407/row.json").read_text())["images"]
-    assert images >= 2 and images % 2 == 0
     again = run(*command)
     assert "train.py" not in again and f"| 3407 | {images} |" in again
     assert "expected a positive number" in run(*command[:-1], "0", expect=2)
+
+
+def test_minutes_become_images_by_the_speed_of_a_training(monkeypatch):
+    calls = []
+
+    def call(command):
+        calls.append(command)
+        out = command[command.index("--out") + 1]
+        out.mkdir()
+        (out / "metrics.jsonl").write_text('{"images": 32, "images_per_second": 0.7}\n{"images": 32, "val18/mse": 1}\n')
+
+    monkeypatch.setattr(ablation, "call", call)
+    assert ablation.fitting(2, 4, ["train.py"]) == 84
+    assert ablation.fitting(1e-6, 4, ["train.py"]) == 4
+    assert [one[one.index("--images") + 1] for one in calls[:2]] == [4, 32]
+    assert all(one[-2:] == ["--epct-start", 0] for one in calls), "as fast as the rest of the training"

@@ -251,6 +251,8 @@ def test_every_second_call_is_mirrored(slices):
     plain(x_T, [36] * 2)
     torch.testing.assert_close(inputs[2], inputs[3].flip(-1))
     torch.testing.assert_close(mirrored(x_T, [54] * 2), x_T + ramp)
+    residual = anchored_residual(degrade, x_T + ramp.flip(-1), x_T, [18] * 2)
+    torch.testing.assert_close(inputs[4], torch.cat([x_T, residual], dim=1), msg="of the estimate mirrored back")
 
 
 def test_an_anchored_estimate_sees_the_residual_of_the_networks_own_last_estimate(slices):
