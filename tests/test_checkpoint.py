@@ -5,6 +5,7 @@ import os
 import pickle
 import pickletools
 import random
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,7 @@ from models.checkpoint import infer_config, load_checkpoint, save_checkpoint
 from models.unet import UNet, UNetConfig
 from models.weights import find_checkpoint
 from utils.errors import InputError
+from utils.files import hash16
 
 SMALL = UNetConfig(width=32)
 
@@ -54,6 +56,25 @@ def test_a_published_file_gives_the_reference_outputs(tmp_path, call):
     torch.testing.assert_close(dict(load_checkpoint(half)[0].state_dict()), rounded, rtol=0, atol=0)
     assert "exists" in call(convert.main, tmp_path / "net.pkl", out, expect=1)
     assert "ends in .safetensors" in call(convert.main, tmp_path / "net.pkl", tmp_path / "net.bin", expect=1)
+
+
+def test_the_mean_of_checkpoints_knows_what_all_of_them_saw(tmp_path, call):
+    first, second, other = (with_known_weights(config) for config in (SMALL, SMALL, replace(SMALL, blocks=1)))
+    with torch.no_grad():
+        for p in second.parameters():
+            p.add_(1)
+    for name, network, patients in (("a", first, "0123456789"), ("b", second, "abcdefabcd"), ("c", other, "")):
+        save_checkpoint(tmp_path / f"{name}.safetensors", network.state_dict(), network.config,
+                        {"traces": {"patients": patients, "slices": "", "complete": name != "c"}, "images": 7})
+    out = tmp_path / "mean.safetensors"
+    call(convert.main, tmp_path / "a.safetensors", out, "--mean-with", tmp_path / "b.safetensors")
+    mean, header = load_checkpoint(out)
+    for one, p in zip(mean.parameters(), first.parameters(), strict=True):
+        torch.testing.assert_close(one, p + 0.5)
+    assert header["traces"] == {"patients": "0123456789abcdefabcd", "slices": "", "complete": True}
+    assert header["images"] == 7 and header["mean_of"] == [hash16(tmp_path / f"{n}.safetensors") for n in "ab"]
+    assert "different architectures" in call(convert.main, tmp_path / "a.safetensors", tmp_path / "x.safetensors",
+                                             "--mean-with", tmp_path / "c.safetensors", expect=1)
 
 
 def test_weights_of_the_published_architecture_go_back_to_the_published_code(tmp_path, call):
