@@ -10,7 +10,7 @@ from utils.files import sha256
 # name: (file or address, its SHA-256 where it is known). The published weights were never fetched for this table.
 KNOWN = {
     "tiny": (str(Path(__file__).parent / "tiny.safetensors"),
-             "8f70fe5e4cd6f2d26301ec6ee8841a401bfb135e388a7f098135d44b8f4e0302"),
+             "f0ae001d8bad9c8ea8fd2695697193a208561ba1c4a4cb6ab1385a624ba7e142"),
     "cvg-diff": ("hf://HajihajihaJimmy/CvG-Diff/CvG-Diff-net-colddiff_best_epoch.pkl", None),
 }
 
