@@ -57,7 +57,7 @@ def test_a_scan_is_reconstructed_by_five_lines():
     y = r.simulate(mu_to_hu(x0)[0], views=36)
     x0_hat, calls = r.run("sequential", y)
     psnr = score(x0_hat, x0, *WINDOWS[0])["psnr"].item()
-    assert psnr > 42 and psnr == pytest.approx(42.28, abs=0.03) and calls == [8]
+    assert psnr > 42 and psnr == pytest.approx(42.38, abs=0.03) and calls == [8]
 
 
 def test_the_shipped_checkpoint_says_how_it_works():
