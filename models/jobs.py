@@ -126,13 +126,9 @@ def measured(args) -> Job:
         whole = centred_scanner(whole, row)
     scanner, chosen = whole.thinned(len(whole.angles) if args.views is None else args.views)
     size = args.size or scanner.size
-    fine, scanner = scanner, merged_bins(scanner, row[chosen], size)[0]
-    photons, noise = (told, "") if told else estimated(row)
-    if told == np.inf:
-        photons = None
-    checks = {"photons": "none" if told == np.inf else photons}
-    if photons:  # a merged bin counts those of all its bins
-        photons *= scanner.detector_pitch_mm / fine.detector_pitch_mm
+    fine, (scanner, merged) = scanner, merged_bins(scanner, row[chosen], size)
+    bins = scanner.detector_pitch_mm / fine.detector_pitch_mm  # of a merged one, which counts the photons of them all
+    photons, noise = (told, "") if told else estimated(row, merged, bins)
     residual, said = named(names[middle], alarms.check_scan, row, whole, size, device)
     said = odd + said
     located, spacing = originals_of(args, len(rows)), scanner.field_of_view_mm / size
@@ -151,7 +147,7 @@ def measured(args) -> Job:
         read=read,
         measure=lambda reconstructor, y: torch.from_numpy(y)[:, None].to(reconstructor.device),
         scanner=scanner,
-        photons=photons,
+        photons=photons and bins * photons,
         noise=noise,
         original=located[0].path if located else None,
         patient=anonymous(located[0]) if located else "unknown",
@@ -160,14 +156,19 @@ def measured(args) -> Job:
                   *((SCAN, "refused", one) for one in [far] if one)),
         source=fingerprint([(str(args.input), repr((scanner, args.dataset, args.axes, args.angles, args.flat,
                                                     args.dark, told)))]),
-        checks={"residual": round(residual, 4), "alarms": said, **checks},
+        checks={"residual": round(residual, 4), "alarms": said, "photons": "none" if photons == np.inf else photons},
     )
 
 
-def estimated(lines: np.ndarray) -> tuple[float | None, str]:
-    """(photons of a scan that does not tell them, what is said about it)."""
-    photons = estimate_photons(lines)
-    found = (f"The noise of this scan is that of {photons:g} photons a ray" if photons
+def estimated(lines: np.ndarray, merged: np.ndarray, bins: float) -> tuple[float | None, str]:
+    """(photons of a bin of a scan that does not tell them, what is said about it).
+
+    By the noise of its merged lines, as they are reconstructed: that of a real detector's neighbours goes together, so
+    merging takes less of it away than the photons say. Where these show none, by that of single bins.
+    """
+    photons = estimate_photons(merged)
+    photons = float(f"{photons / bins:.3g}") if photons else estimate_photons(lines)
+    found = (f"The noise of this scan is that of {photons:.2g} photons a ray" if photons
              else "This scan shows no noise, and is taken for one without")
     return photons, f"{found}; if you know better, give photons in the geometry."
 

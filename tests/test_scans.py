@@ -243,11 +243,14 @@ def test_a_scan_that_does_not_tell_its_photons_is_told_them(tmp_path):
     np.save(tmp_path / "scan.npy", noisy(LINES, 1e5))
     found = job()
     assert found.photons == 3 * found.checks["photons"], "a merged bin counts those of three"
-    assert found.checks["photons"] == pytest.approx(1e5, rel=0.2)
-    assert re.match(r"The noise of this scan is that of \d{5} photons a ray; if you know", found.noise)
+    assert found.checks["photons"] == pytest.approx(1e5, rel=0.5)
+    assert re.match(r"The noise of this scan is that of \d(\.\d)?e\+0[45] photons a ray; if you know", found.noise)
     known, without = job(photons=2e4), job(photons="none")
     assert (known.photons, known.checks["photons"], known.noise) == (6e4, 2e4, "")
-    assert (without.photons, without.checks["photons"], without.noise) == (None, "none", "")
+    assert (without.photons, without.checks["photons"], without.noise) == (np.inf, "none", "")
+    blurred = noisy(LINES, 1e5)
+    np.save(tmp_path / "scan.npy", (blurred + np.roll(blurred, 1, axis=1) + np.roll(blurred, -1, axis=1)) / 3)
+    assert job().photons == pytest.approx(1e5, rel=0.5), "of the lines that are reconstructed, whose noise is theirs"
     with pytest.raises(InputError, match="photons are 'some'; expected a number above 0, or \"none\""):
         job(photons="some")
 
