@@ -64,9 +64,9 @@ class Reconstructor:
         """What a checkpoint says, unless a keyword says otherwise.
 
         name: a known name (tiny, cvg-diff), a file, or hf://owner/repository/file. device: a GPU if there is one.
-        given: scanner, precision, protocol, dc, mirror and levels, as above; None is as if it were not given. By
-        default dc is 24, or 0 for weights that were trained without data consistency. By default such weights mirror
-        calls where dc is not 0. Raises InputError with a sentence for what cannot be.
+        given: scanner, precision, protocol, dc, mirror and levels, as above; None is as if it were not given. Weights
+        that were trained with data consistency have dc 24 and mirrored calls by default, others neither; with dc 0
+        calls are not mirrored. Raises InputError with a sentence for what cannot be.
         """
         device, path = chosen_device(device), find_checkpoint(str(name))
         network, header = load_checkpoint(path)

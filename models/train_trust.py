@@ -191,7 +191,7 @@ def main(argv=None):
                          f"the training of {checkpoint}; put others into val_img/.")
     made = {name: getattr(args, name) for name in ("samples", "passes", "width", "seed")}
     run_folder.claim(args.out, {"of": hash16(checkpoint), "data": fingerprints, "method": METHOD, "seed": args.seed,
-                                   "mirror": reconstructor.mirror},
+                               "mirror": reconstructor.mirror},
                      "run of models.train_trust")
     device = reconstructor.device
     truths, val = (ground_truths(mu, device, torch.float32) for mu in (slices, val))
