@@ -20,6 +20,7 @@ import test as evaluation
 import train
 from datasets import prepare
 from utils import progress, run_folder
+from utils.cli import script
 from utils.errors import RunFolderError, Stopped
 from utils.files import atomic
 from utils.progress import Progress
@@ -262,6 +263,22 @@ def test_without_a_terminal_lines_say_how_far_the_work_is(monkeypatch, capsys):
     for _ in Progress(range(3), desc="Soon done"):
         time.sleep(0.6)
     assert capsys.readouterr() == ("", "")
+
+
+def test_ctrl_c_that_an_import_turned_into_an_error_is_one_line_too(capsys):
+    @script
+    def interrupted(argv):
+        raise SystemError("an extension was being imported") from KeyboardInterrupt()
+
+    @script
+    def wrong(argv):
+        raise SystemError("a bug")
+
+    with pytest.raises(SystemExit, match="130"):
+        interrupted()
+    assert capsys.readouterr().err.startswith("Stopped by Ctrl-C.")
+    with pytest.raises(SystemError, match="a bug"):
+        wrong()
 
 
 @pytest.mark.skipif(os.name == "nt", reason="signals of a group")

@@ -33,7 +33,9 @@ def script(main):
         except OSError as error:
             print(f"Stopped: {error}. What is written is whole; the same command goes on.", file=sys.stderr)
             sys.exit(1)
-        except KeyboardInterrupt:
+        except (KeyboardInterrupt, Exception) as error:
+            if KeyboardInterrupt not in (type(error), type(error.__cause__)):  # cause: in an extension's import
+                raise
             print("Stopped by Ctrl-C. What is written is whole; the same command goes on.", file=sys.stderr)
             sys.exit(130)
         finally:
